@@ -1,0 +1,192 @@
+"""Which keys each query sees, as data. Nothing here computes attention.
+
+A pattern answers with the multiplicity m[h, p, p']: in how many branches head h lets query p see key p'. Attention is
+then the softmax over the multiset of keys, that is, dense attention with bias log m.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from longnet_kit.registry import Registry
+from longnet_kit.typed import Range
+
+Count = Annotated[int, Range(at_least=1)]
+HeadOffsets = Literal["interleaved", "grouped"]
+
+
+class Pattern:
+    """A rule for which keys each query of each head sees."""
+
+    def multiplicity(self, seq_len: int, heads: int, causal: bool) -> Tensor:
+        """How often each head's query sees each key: (H, N, N) int32, queries in the second dimension."""
+        raise NotImplementedError
+
+    def pairs(self, seq_len: int, heads: int, causal: bool) -> int:
+        """The sum of `multiplicity`, without making it: how many scores are computed for one sequence."""
+        raise NotImplementedError
+
+
+registry: Registry[Pattern] = Registry("attention pattern", "kind")
+
+
+def build(config: Mapping[str, Any]) -> Pattern:
+    """Make the pattern that `config["kind"]` names; ValueError lists everything wrong with the mapping."""
+    return registry.build(config)
+
+
+@registry.register("dense")
+class Dense(Pattern):
+    """Every query sees every key."""
+
+    def multiplicity(self, seq_len: int, heads: int, causal: bool) -> Tensor:
+        seen = torch.ones(heads, seq_len, seq_len, dtype=torch.int32)
+        return seen.tril() if causal else seen
+
+    def pairs(self, seq_len: int, heads: int, causal: bool) -> int:
+        return heads * _square(seq_len, causal)
+
+
+@registry.register("dilated")
+class Dilated(Pattern):
+    """LongNet (arXiv 2307.02486, section 2.2): branches of segments, each of which keeps every r-th position.
+
+    In branch (w, r), head h keeps position p iff (p mod w) mod r == offset(h, r). A kept query sees the kept keys of
+    its own segment.
+
+    Args:
+        segment_lengths: w of each branch, in tokens.
+        dilation_rates: r of each branch; as many as there are segment lengths.
+        head_offsets: `interleaved`: h mod r (the paper). `grouped`: h // ceil(H / r) (torchscale, GigaPath).
+
+    Raises:
+        ValueError: the two lists differ in length, are empty, or hold a number below 1.
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[Count],
+        dilation_rates: Sequence[Count],
+        head_offsets: HeadOffsets = "interleaved",
+    ) -> None:
+        lengths, rates = list(segment_lengths), list(dilation_rates)
+        if len(lengths) != len(rates) or not lengths:
+            raise ValueError(
+                f"segment_lengths has {len(lengths)} entries and dilation_rates has {len(rates)}; "
+                "give one of each per branch, at least one branch"
+            )
+        for name, values in (("segment_lengths", lengths), ("dilation_rates", rates)):
+            if any(not isinstance(x, int) or isinstance(x, bool) or x < 1 for x in values):
+                raise ValueError(f"{name} is {values}, expected whole numbers of at least 1")
+        if head_offsets not in ("interleaved", "grouped"):
+            raise ValueError(f"head_offsets is {head_offsets!r}, expected 'interleaved' or 'grouped'")
+        if 1 not in rates:
+            warnings.warn(
+                f"no branch has dilation rate 1 (dilation_rates: {rates}): where no branch keeps a position for a "
+                "head, that head outputs zero there",
+                stacklevel=2,
+            )
+        self.branches: list[tuple[int, int]] = list(zip(lengths, rates, strict=True))
+        self.head_offsets: HeadOffsets = head_offsets
+
+    def offset(self, head: int, rate: int, heads: int) -> int:
+        """The residue that a head keeps in a branch of dilation rate `rate`, out of `heads` heads in all."""
+        if self.head_offsets == "interleaved":
+            return head % rate
+        return head // -(-heads // rate)
+
+    def keeps(self, branch: tuple[int, int], seq_len: int, heads: int) -> Tensor:
+        """Which positions each head keeps in one branch: (H, N) bool."""
+        w, r = branch
+        offsets = torch.tensor([self.offset(h, r, heads) for h in range(heads)])
+        return torch.arange(seq_len) % w % r == offsets[:, None]
+
+    def multiplicity(self, seq_len: int, heads: int, causal: bool) -> Tensor:
+        m = torch.zeros(heads, seq_len, seq_len, dtype=torch.int32)
+        for branch in self.branches:
+            kept = self.keeps(branch, seq_len, heads)  # (H, N)
+            segment = torch.arange(seq_len) // branch[0]
+            m += kept[:, :, None] & kept[:, None, :] & (segment[:, None] == segment)
+        return m.tril() if causal else m
+
+    def pairs(self, seq_len: int, heads: int, causal: bool) -> int:
+        return sum(
+            segments * _square(-(-(length - offset) // r), causal)
+            for w, r in self.branches
+            for offset in (self.offset(h, r, heads) for h in range(heads))
+            for segments, length in ((seq_len // w, w), (1, seq_len % w))
+            if offset < length
+        )
+
+
+@registry.register("block_sparse")
+class BlockSparse(Pattern):
+    """Attention between blocks of tokens: a local window, or Sparse Transformer's fixed pattern (arXiv 1904.10509).
+
+    Args:
+        layout: `local`: block i sees blocks i - local_blocks + 1 to i, and as many after when not causal. `fixed`:
+            windows of `local_blocks` blocks; a block sees its own window, and the last `summary_blocks` blocks of every
+            earlier window (of every other window when not causal).
+        block_size: tokens in a block; the last block may be shorter.
+        local_blocks: blocks in a window.
+        summary_blocks: blocks that summarise a window; at most `local_blocks`. Only `fixed` uses it.
+
+    Raises:
+        ValueError: a number below 1, more summary blocks than the window has, or an unknown layout.
+    """
+
+    def __init__(
+        self,
+        layout: Literal["fixed", "local"] = "fixed",
+        block_size: Count = 64,
+        local_blocks: Count = 4,
+        summary_blocks: Count = 1,
+    ) -> None:
+        numbers = {"block_size": block_size, "local_blocks": local_blocks, "summary_blocks": summary_blocks}
+        for name, value in numbers.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+        if layout not in ("fixed", "local"):
+            raise ValueError(f"the block-sparse pattern is {layout!r}, expected 'fixed' or 'local'")
+        if summary_blocks > local_blocks:
+            raise ValueError(f"summary_blocks is {summary_blocks}, more than the {local_blocks} local_blocks of a window")
+        self.layout = layout
+        self.block_size = block_size
+        self.local_blocks = local_blocks
+        self.summary_blocks = summary_blocks
+
+    def blocks(self, seq_len: int, causal: bool) -> Tensor:
+        """Which blocks each block sees: (ceil(N / block_size), the same) bool. Equal for all heads."""
+        index = torch.arange(-(-seq_len // self.block_size))
+        query, key = index[:, None], index[None, :]
+        if self.layout == "local":
+            seen = (query - key).abs() < self.local_blocks
+        else:
+            summary = key % self.local_blocks >= self.local_blocks - self.summary_blocks
+            seen = (query // self.local_blocks == key // self.local_blocks) | summary
+        return seen & (key <= query) if causal else seen
+
+    def multiplicity(self, seq_len: int, heads: int, causal: bool) -> Tensor:
+        block = torch.arange(seq_len) // self.block_size
+        seen = self.blocks(seq_len, causal)[block[:, None], block[None, :]].to(torch.int32)
+        return (seen.tril() if causal else seen).expand(heads, seq_len, seq_len)
+
+    def pairs(self, seq_len: int, heads: int, causal: bool) -> int:
+        seen = self.blocks(seq_len, causal)
+        sizes = torch.full((len(seen),), self.block_size)
+        sizes[-1] = seq_len - (len(seen) - 1) * self.block_size
+        total = int((seen * sizes[:, None] * sizes[None, :]).sum())
+        if causal:  # the upper triangles of the diagonal blocks
+            total -= int((sizes * (sizes - 1) // 2).sum())
+        return heads * total
+
+
+def _square(length: int, causal: bool) -> int:
+    """Query-key pairs of `length` queries on as many keys."""
+    return length * (length + 1) // 2 if causal else length * length
+

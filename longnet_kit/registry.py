@@ -1,0 +1,91 @@
+"""A registry of named classes, chosen by one key of a recipe: attention backends, data sources, tasks.
+
+Registering a taken name raises. Packages add names through a Python entry-point group, loaded on first use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any, Generic, TypeVar
+
+from longnet_kit import typed
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Classes by name.
+
+    Args:
+        kind: what the names stand for, in the words of an error message ("attention backend").
+        selector: the recipe key that holds the name ("backend").
+        group: the entry-point group whose entries register further names when loaded; None for none.
+    """
+
+    def __init__(self, kind: str, selector: str, group: str | None = None) -> None:
+        self.kind = kind
+        self.selector = selector
+        self.group = group
+        self._classes: dict[str, type[T]] = {}
+        self._entry_points_loaded = False
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """A class decorator that enters the class under `name`; ValueError when the name is taken."""
+
+        def enter(cls: type[T]) -> type[T]:
+            if name in self._classes:
+                taken = self._classes[name]
+                raise ValueError(
+                    f"{self.kind} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}; "
+                    f"choose another name for {cls.__module__}.{cls.__qualname__}"
+                )
+            self._classes[name] = cls
+            return cls
+
+        return enter
+
+    def names(self) -> list[str]:
+        """Every registered name, sorted as people read them (`a2` before `a10`)."""
+        self._load_entry_points()
+        return sorted(self._classes, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+
+    def get(self, name: str) -> type[T]:
+        """The class under `name`; ValueError that names the nearest one when there is none."""
+        self._load_entry_points()
+        if name not in self._classes:
+            hint = typed.suggestion(str(name), self._classes)
+            raise ValueError(f"unknown {self.kind} {name!r}; {hint}")
+        return self._classes[name]
+
+    def problems(self, config: Mapping[str, Any], key: str = "") -> list[typed.Problem]:
+        """Everything wrong with a mapping of the selector and the class's keyword arguments, short of building it."""
+        name = config.get(self.selector)
+        if name is None:
+            known = ", ".join(self.names())
+            return [typed.Problem(typed.join(key, self.selector), f"missing; expected one of {known}")]
+        try:
+            cls = self.get(name)
+        except ValueError as error:
+            return [typed.Problem(typed.join(key, self.selector), str(error))]
+        return typed.argument_problems(cls, self._arguments(config), key)
+
+    def build(self, config: Mapping[str, Any]) -> T:
+        """Construct the class that `config` names with the rest of it; ValueError lists everything wrong with it."""
+        found = self.problems(config)
+        if found:
+            raise ValueError(f"{self.kind} {config.get(self.selector)!r}: " + "; ".join(map(str, found)))
+        return self.get(config[self.selector])(**self._arguments(config))
+
+    def _arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key != self.selector}
+
+    def _load_entry_points(self) -> None:
+        if self.group is None or self._entry_points_loaded:
+            return
+        self._entry_points_loaded = True
+        for entry in metadata.entry_points(group=self.group):
+            loaded = entry.load()
+            if isinstance(loaded, type) and loaded not in self._classes.values():
+                self.register(entry.name)(loaded)
