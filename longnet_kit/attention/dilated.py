@@ -1,0 +1,218 @@
+"""LongNet's dilated attention (arXiv 2307.02486): a dense kernel per strided view, merged into one softmax.
+
+Forward: the kernel gives (out, lse) of each branch's view; they are mixed into the running ones by their softmax
+denominators (eq. 9-10). Backward: the kernel's backward, given the mixed out and lse in place of the branch's own, gives
+gradients that add up to those of the one softmax over the multiset of all branches' keys, mixing weights included.
+Only q, k, v, out and lse are kept in between, whatever the number of branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from longnet_kit.attention import flash, padding, patterns, register
+from longnet_kit.attention.backend import AttentionBackend
+from longnet_kit.attention.patterns import Count, HeadOffsets
+from longnet_kit.attention.views import View, branch_views
+
+
+@register("dilated")
+class DilatedAttention(AttentionBackend):
+    """LongNet.
+
+    Args:
+        segment_lengths: w of each branch, in tokens.
+        dilation_rates: r of each branch.
+        head_offsets: which residue a head keeps: `interleaved` (h mod r, the paper) or `grouped` (torchscale).
+
+    Raises:
+        ValueError: the lists differ in length, are empty, or hold a number below 1.
+    """
+
+    head_dependent = True
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[Count] = (2048, 4096, 8192, 16384, 32768),
+        dilation_rates: Sequence[Count] = (1, 2, 4, 6, 12),
+        head_offsets: HeadOffsets = "interleaved",
+    ) -> None:
+        super().__init__()
+        self._pattern = patterns.Dilated(segment_lengths, dilation_rates, head_offsets)
+
+    @property
+    def pattern(self) -> patterns.Dilated:
+        return self._pattern
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool = True,
+        key_padding_mask: Tensor | None = None,
+        first_head: int = 0,
+        total_heads: int | None = None,
+    ) -> Tensor:
+        if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+        total_heads = q.shape[2] if total_heads is None else total_heads
+        scale = q.shape[-1] ** -0.5
+        if key_padding_mask is not None:
+            q, k, v = padding.hide(q, k, v, key_padding_mask)
+        lengths, rates = (list(numbers) for numbers in zip(*self._pattern.branches, strict=True))
+        offsets = self._pattern.head_offsets
+        out, _ = dilated(q, k, v, lengths, rates, offsets, first_head, total_heads, causal, scale)
+        return out if key_padding_mask is None else padding.reveal(out, key_padding_mask)
+
+    def extra_repr(self) -> str:
+        return f"branches={self._pattern.branches}, head_offsets={self._pattern.head_offsets!r}"
+
+
+@torch.library.custom_op("longnet_kit::dilated", mutates_args=())
+def dilated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_lengths: list[int],
+    dilation_rates: list[int],
+    head_offsets: str,
+    first_head: int,
+    total_heads: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Dilated attention of all branches and the log of the mixed softmax's denominators.
+
+    Args:
+        q, k, v: (B, N, H, D), heads first_head to first_head + H - 1 of total_heads.
+
+    Returns:
+        out: (B, N, H, D), of q's dtype, 0 where no branch keeps the position. lse: (B, N, H), -inf there; float32
+        (float64 for float64).
+    """
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    out, lse = _empty_like(q)
+    written = False  # once a branch of rate 1 has written every position
+    if 1 not in dilation_rates:
+        out.zero_()
+        lse.fill_(-torch.inf)
+        written = True
+    for views in _dense_first(q, segment_lengths, dilation_rates, head_offsets, first_head, total_heads):
+        for view in views:
+            for out_, lse_, q_, k_, v_ in view.calls(out, lse, q, k, v):
+                branch_out, branch_lse = flash.forward(q_, k_, v_, causal, scale)
+                if written:
+                    merge(out_, lse_, branch_out, branch_lse)
+                else:
+                    out_.copy_(branch_out)
+                    lse_.copy_(branch_lse)
+        written = True
+    return out.to(q.dtype), lse
+
+
+def merge(out: Tensor, lse: Tensor, branch_out: Tensor, branch_lse: Tensor) -> None:
+    """Mix one branch into the running output, in place, in proportion to the softmax denominators (LongNet eq. 10).
+
+    Args:
+        out: (B, H, m, D), float32 or float64.
+        lse: (B, H, m), of the same dtype; -inf where nothing was attended to yet.
+        branch_out: (B, H, m, D), any float.
+        branch_lse: (B, H, m); finite, since a kept query sees at least itself.
+    """
+    share = torch.sigmoid(branch_lse - lse).unsqueeze(-1)  # e^branch_lse / (e^branch_lse + e^lse)
+    out.lerp_(branch_out.to(out.dtype), share)
+    lse.copy_(torch.logaddexp(lse, branch_lse))
+
+
+@torch.library.custom_op("longnet_kit::dilated_backward", mutates_args=())
+def dilated_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segment_lengths: list[int],
+    dilation_rates: list[int],
+    head_offsets: str,
+    first_head: int,
+    total_heads: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, (B, N, H, D) each, from the saved tensors of `dilated`."""
+    q, k, v, grad_out = (_unit_stride(x) for x in (q, k, v, grad_out))
+    grads = [torch.zeros_like(_empty_like(q)[0]) for _ in range(3)]
+    for views in _dense_first(q, segment_lengths, dilation_rates, head_offsets, first_head, total_heads):
+        for view in views:
+            for dq, dk, dv, *saved in view.calls(*grads, grad_out, q, k, v, out, lse):
+                dout_, q_, k_, v_, out_, lse_ = saved
+                branch = flash.backward(dout_, q_, k_, v_, out_, lse_, causal, scale)
+                for total, part in zip((dq, dk, dv), branch, strict=True):
+                    total.add_(part)
+    dq, dk, dv = (grad.to(q.dtype) for grad in grads)
+    return dq, dk, dv
+
+
+def _dense_first(
+    q: Tensor, lengths: list[int], rates: list[int], head_offsets: str, first_head: int, total_heads: int
+) -> Iterator[tuple[View, ...]]:
+    """The views of each branch, a branch of rate 1 first: it reaches every position, so it writes and others add."""
+    _, seq_len, heads, _ = q.shape
+    for w, r in sorted(zip(lengths, rates, strict=True), key=lambda branch: branch[1]):
+        yield branch_views(seq_len, w, r, head_offsets, first_head, heads, total_heads)  # type: ignore[arg-type]
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """Kernels need the elements of a head side by side; anything else about the strides is free."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _empty_like(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Accumulators for an output and its lse: (B, N, H, D) and (B, N, H), at least float32."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape, dtype=exact), q.new_empty(q.shape[:-1], dtype=exact)
+
+
+@dilated.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), _empty_like(q)[1]
+
+
+@dilated_backward.register_fake
+def _(grad_out: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    grads = dilated_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
+    return (*grads, *(None for _ in ctx.settings))
+
+
+dilated.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.longnet_kit.dilated)
+def _forward_flops(q_shape: Sequence[int], *inputs: Any, out_shape: Any = None, **_: Any) -> int:
+    _, _, lengths, rates, head_offsets, _, total_heads, causal, _ = inputs
+    batch, seq_len, heads, head_dim = q_shape
+    pairs = patterns.Dilated(lengths, rates, head_offsets).pairs(seq_len, total_heads, causal)
+    return 4 * batch * head_dim * pairs * heads // total_heads
+
+
+@register_flop_formula(torch.ops.longnet_kit.dilated_backward)
+def _backward_flops(_: Any, q_shape: Sequence[int], *inputs: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    k_shape, v_shape, _, _, *settings = inputs
+    return 5 * _forward_flops(q_shape, k_shape, v_shape, *settings) // 2

@@ -1,0 +1,133 @@
+"""The kept positions of a dilated branch as strided views, so that nothing is gathered or scattered.
+
+In a segment, head h keeps positions o(h), o(h) + r, ...: a step of r along the sequence. Heads of equal offset, and
+heads of consecutive offsets (on a diagonal: one position further per head), share one view, whichever makes fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
+
+from torch import Tensor
+
+from longnet_kit.attention.patterns import HeadOffsets
+
+
+class View(NamedTuple):
+    """Some heads' kept positions in equally long segments of one branch."""
+
+    start: int
+    """Position of the first head's first kept token."""
+    segments: int
+    segment_stride: int
+    """Positions from one segment to the next."""
+    first_head: int
+    heads: int
+    head_step: int
+    """Heads from one of the view's heads to the next."""
+    head_shift: int
+    """Positions from one of the view's heads to the next: 0, or 1 on a diagonal."""
+    kept: int
+    """Kept positions per segment and head."""
+    rate: int
+    """Positions from one kept token to the next."""
+
+    def calls(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The view of each tensor, (B, N, H, ...) to (B', heads, kept, ...), as few times as their strides allow.
+
+        Batch and segments fold into one dimension where the strides let them; else one of the two is looped over.
+        """
+        strided = [self._strided(x) for x in tensors]  # (B, segments, heads, kept, ...)
+        batch = tensors[0].shape[0]
+        if batch == 1:
+            yield tuple(x[0] for x in strided)
+        elif self.segments == 1:
+            yield tuple(x[:, 0] for x in strided)
+        elif all(x.stride(0) == self.segments * x.stride(1) for x in strided):
+            yield tuple(x.flatten(0, 1) for x in strided)
+        elif self.segments < batch:
+            yield from (tuple(x[:, s] for x in strided) for s in range(self.segments))
+        else:
+            yield from (tuple(x[b] for x in strided) for b in range(batch))
+
+    def _strided(self, x: Tensor) -> Tensor:
+        batch_stride, seq_stride, head_stride, *rest = x.stride()
+        return x.as_strided(
+            (x.shape[0], self.segments, self.heads, self.kept, *x.shape[3:]),
+            (
+                batch_stride,
+                self.segment_stride * seq_stride,
+                self.head_step * head_stride + self.head_shift * seq_stride,
+                self.rate * seq_stride,
+                *rest,
+            ),
+            x.storage_offset() + self.start * seq_stride + self.first_head * head_stride,
+        )
+
+
+@lru_cache(maxsize=256)
+def branch_views(
+    seq_len: int, w: int, r: int, head_offsets: HeadOffsets, first_head: int, heads: int, total_heads: int
+) -> tuple[View, ...]:
+    """Views that together hold every kept (position, head) of branch (w, r) exactly once.
+
+    Args:
+        seq_len: N.
+        head_offsets: the rule of o(h, r), see `patterns.Dilated`.
+        first_head, heads, total_heads: the tensors hold heads first_head to first_head + heads - 1 of total_heads.
+    """
+    full, tail = divmod(seq_len, w)
+    views = _segment_views(0, full, w, w, r, head_offsets, first_head, heads, total_heads) if full else []
+    if tail:
+        views += _segment_views(full * w, 1, w, tail, r, head_offsets, first_head, heads, total_heads)
+    return tuple(views)
+
+
+def _segment_views(
+    start: int,
+    segments: int,
+    stride: int,
+    length: int,
+    r: int,
+    head_offsets: HeadOffsets,
+    first_head: int,
+    heads: int,
+    total_heads: int,
+) -> list[View]:
+    """Views of segments of one length."""
+    indices = range(first_head, first_head + heads)
+    if head_offsets == "interleaved":
+        offset = {h: h % r for h in indices}
+        diagonal = {h: h // r for h in indices}
+    else:
+        group = -(-total_heads // r)
+        offset = {h: h // group for h in indices}
+        diagonal = {h: h % group for h in indices}
+    kept = {h: max(0, -(-(length - offset[h]) // r)) for h in indices}
+    seeing = [h for h in indices if kept[h]]
+    aligned = _runs(seeing, {h: (offset[h], kept[h]) for h in seeing})
+    slanted = _runs(seeing, {h: (diagonal[h], kept[h]) for h in seeing})
+    runs, shift = (aligned, 0) if len(aligned) <= len(slanted) else (slanted, 1)
+    return [
+        View(
+            start=start + offset[run[0]],
+            segments=segments,
+            segment_stride=stride,
+            first_head=run[0] - first_head,
+            heads=len(run),
+            head_step=run[1] - run[0] if len(run) > 1 else 1,
+            head_shift=shift,
+            kept=kept[run[0]],
+            rate=r,
+        )
+        for run in runs
+    ]
+
+
+def _runs(heads: list[int], key: dict[int, tuple[int, int]]) -> list[list[int]]:
+    """Heads of equal key together, in order; in every such run the heads are equally far apart."""
+    ordered = sorted(heads, key=lambda h: (key[h], h))
+    return [list(run) for _, run in groupby(ordered, key=lambda h: key[h])]
