@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from longnet_kit import typed
 
 T = TypeVar("T")
+C = TypeVar("C", bound=type)
 
 
 class Registry(Generic[T]):
@@ -31,17 +32,17 @@ class Registry(Generic[T]):
         self._classes: dict[str, type[T]] = {}
         self._entry_points_loaded = False
 
-    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+    def register(self, name: str) -> Callable[[C], C]:
         """A class decorator that enters the class under `name`; ValueError when the name is taken."""
 
-        def enter(cls: type[T]) -> type[T]:
+        def enter(cls: C) -> C:
             if name in self._classes:
                 taken = self._classes[name]
                 raise ValueError(
                     f"{self.kind} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}; "
                     f"choose another name for {cls.__module__}.{cls.__qualname__}"
                 )
-            self._classes[name] = cls
+            self._classes[name] = cast(type[T], cls)
             return cls
 
         return enter

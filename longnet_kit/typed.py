@@ -12,7 +12,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, cast
 
 Annotation = Any
 
@@ -88,7 +88,7 @@ def value_problems(value: Any, annotation: Annotation, key: str) -> list[Problem
     if dataclasses.is_dataclass(annotation):
         if not isinstance(value, Mapping):
             return [_mismatch(value, annotation, key)]
-        return argument_problems(annotation, value, key)
+        return argument_problems(cast(type, annotation), value, key)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             return [_mismatch(value, annotation, key)]

@@ -35,6 +35,9 @@ class AttentionBackend(nn.Module):
     head_dependent: bool = False
     """Whether heads differ by their index. Then `forward` also receives `first_head` and `total_heads`."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     @property
     def pattern(self) -> Pattern | None:
         """Which keys each query sees, as data; None when the backend does not say."""
@@ -124,7 +127,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | Non
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}, expected a tensor (batch, seq, heads, head_dim)")
         if x.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected four dimensions: batch, seq, heads, head_dim")
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (batch, seq, heads, head_dim)")
         if x.dtype not in FLOATS:
             raise ValueError(f"{name} is {x.dtype}, expected one of {', '.join(map(str, FLOATS))}")
         if x.shape != q.shape:

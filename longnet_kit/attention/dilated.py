@@ -1,9 +1,9 @@
 """LongNet's dilated attention (arXiv 2307.02486): a dense kernel per strided view, merged into one softmax.
 
 Forward: the kernel gives (out, lse) of each branch's view; they are mixed into the running ones by their softmax
-denominators (eq. 9-10). Backward: the kernel's backward, given the mixed out and lse in place of the branch's own, gives
-gradients that add up to those of the one softmax over the multiset of all branches' keys, mixing weights included.
-Only q, k, v, out and lse are kept in between, whatever the number of branches.
+denominators (eq. 9-10). Backward: the kernel's backward, given the mixed out and lse in place of the branch's own,
+gives gradients that add up to those of the one softmax over the multiset of all branches' keys, mixing weights
+included. Only q, k, v, out and lse are kept in between, whatever the number of branches.
 """
 
 from __future__ import annotations
@@ -205,14 +205,18 @@ dilated.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.longnet_kit.dilated)
-def _forward_flops(q_shape: Sequence[int], *inputs: Any, out_shape: Any = None, **_: Any) -> int:
-    _, _, lengths, rates, head_offsets, _, total_heads, causal, _ = inputs
+def _forward_flops(q_shape: Sequence[int], k_shape: Any, v_shape: Any, *settings: Any, **_: Any) -> int:
+    lengths, rates, head_offsets, first_head, total_heads, causal, _ = settings
     batch, seq_len, heads, head_dim = q_shape
-    pairs = patterns.Dilated(lengths, rates, head_offsets).pairs(seq_len, total_heads, causal)
-    return 4 * batch * head_dim * pairs * heads // total_heads
+    views = (
+        view
+        for w, r in zip(lengths, rates, strict=True)
+        for view in branch_views(seq_len, w, r, head_offsets, first_head, heads, total_heads)
+    )
+    pairs = sum(v.segments * v.heads * patterns.square(v.kept, causal) for v in views)
+    return 4 * batch * head_dim * pairs
 
 
 @register_flop_formula(torch.ops.longnet_kit.dilated_backward)
-def _backward_flops(_: Any, q_shape: Sequence[int], *inputs: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    k_shape, v_shape, _, _, *settings = inputs
-    return 5 * _forward_flops(q_shape, k_shape, v_shape, *settings) // 2
+def _backward_flops(grad_shape: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *settings: Any, **_: Any) -> int:
+    return 5 * _forward_flops(q, k, v, *settings) // 2  # five matrix products against two

@@ -86,9 +86,7 @@ def backward(
     """
     kernel = route(q.device, q.dtype, q.shape[-1])
     lse = lse.contiguous()  # kernels read it as a raw pointer
-    parts = [
-        kernel.backward(grad_out[s], q[s], k[s], v[s], out[s], lse[s], causal, scale) for s in _batches(q)
-    ]
+    parts = [kernel.backward(grad_out[s], q[s], k[s], v[s], out[s], lse[s], causal, scale) for s in _batches(q)]
     if len(parts) == 1:
         return parts[0]
     dq, dk, dv = (torch.cat(grads) for grads in zip(*parts, strict=True))

@@ -49,7 +49,7 @@ class Dense(Pattern):
         return seen.tril() if causal else seen
 
     def pairs(self, seq_len: int, heads: int, causal: bool) -> int:
-        return heads * _square(seq_len, causal)
+        return heads * square(seq_len, causal)
 
 
 @registry.register("dilated")
@@ -116,7 +116,7 @@ class Dilated(Pattern):
 
     def pairs(self, seq_len: int, heads: int, causal: bool) -> int:
         return sum(
-            segments * _square(-(-(length - offset) // r), causal)
+            segments * square(-(-(length - offset) // r), causal)
             for w, r in self.branches
             for offset in (self.offset(h, r, heads) for h in range(heads))
             for segments, length in ((seq_len // w, w), (1, seq_len % w))
@@ -154,7 +154,7 @@ class BlockSparse(Pattern):
         if layout not in ("fixed", "local"):
             raise ValueError(f"the block-sparse pattern is {layout!r}, expected 'fixed' or 'local'")
         if summary_blocks > local_blocks:
-            raise ValueError(f"summary_blocks is {summary_blocks}, more than the {local_blocks} local_blocks of a window")
+            raise ValueError(f"summary_blocks is {summary_blocks}, above local_blocks, which is {local_blocks}")
         self.layout = layout
         self.block_size = block_size
         self.local_blocks = local_blocks
@@ -186,7 +186,6 @@ class BlockSparse(Pattern):
         return heads * total
 
 
-def _square(length: int, causal: bool) -> int:
+def square(length: int, causal: bool) -> int:
     """Query-key pairs of `length` queries on as many keys."""
     return length * (length + 1) // 2 if causal else length * length
-

@@ -1,0 +1,234 @@
+"""The conformance check lets the kit's backends through and refuses broken ones."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from longnet_kit import attention
+from longnet_kit.attention import flash, patterns
+from longnet_kit.attention.backend import AttentionBackend, Support
+from longnet_kit.testing import ConformanceError, check_backend, main_check, run_checks
+
+BRANCHES = {"segment_lengths": [4, 16], "dilation_rates": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"backend": "naive"},
+        {"backend": "naive", "pattern": {"kind": "block_sparse", "block_size": 8}},
+        {"backend": "sdpa"},
+        {"backend": "dilated", **BRANCHES},
+        {"backend": "xformers", "block_size": 16, "local_blocks": 2},
+    ],
+    ids=str,
+)
+def test_the_kits_backends_conform(config: dict) -> None:
+    checks = check_backend(attention.build(config))
+    assert all(check.passed for check in checks)
+
+
+class Softmax(AttentionBackend):
+    """Correct dense attention, to be broken one rule at a time; it has no pattern."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        seq_len = q.shape[1]
+        seen = torch.ones(seq_len, seq_len, dtype=torch.bool, device=q.device)
+        seen = self.visible(seen.tril() if causal else seen)[None, None]
+        real = q.new_ones(q.shape[:2], dtype=torch.bool) if key_padding_mask is None else key_padding_mask
+        q, k, v = (self.clean(x, real) for x in (q, k, v))
+        seen = self.unpadded(seen, real)
+        scores = torch.einsum("bphd,bkhd->bhpk", q, k).float() if q.dtype != torch.float64 else (
+            torch.einsum("bphd,bkhd->bhpk", q, k)
+        )  # fmt: skip
+        scores = self.scaled(scores, q.shape[-1])
+        blind = ~seen.any(-1, keepdim=True)
+        weights = self.weights(scores.masked_fill(~seen & ~blind, -math.inf)).masked_fill(blind, 0)
+        out = torch.einsum("bhpk,bkhd->bphd", weights.to(v.dtype), v)
+        return self.finish(out, real)
+
+    def visible(self, seen: Tensor) -> Tensor:
+        return seen
+
+    def clean(self, x: Tensor, real: Tensor) -> Tensor:
+        return x.masked_fill(~real[:, :, None, None], 0)
+
+    def unpadded(self, seen: Tensor, real: Tensor) -> Tensor:
+        return seen & real[:, None, None, :]
+
+    def scaled(self, scores: Tensor, head_dim: int) -> Tensor:
+        return scores / head_dim**0.5
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return scores.softmax(-1)
+
+    def finish(self, out: Tensor, real: Tensor) -> Tensor:
+        return out.masked_fill(~real[:, :, None, None], 0)
+
+
+class WithPattern(Softmax):
+    @property
+    def pattern(self) -> patterns.Pattern:
+        return patterns.Dense()
+
+
+class LeaksTheFuture(Softmax):
+    def visible(self, seen: Tensor) -> Tensor:
+        return seen | seen.roll(1, 0)
+
+
+class CountsPadding(Softmax):
+    def unpadded(self, seen: Tensor, real: Tensor) -> Tensor:
+        return seen
+
+
+class KeepsNaN(Softmax):
+    def clean(self, x: Tensor, real: Tensor) -> Tensor:
+        return x
+
+
+class PaddedQueriesAnswer(Softmax):
+    def finish(self, out: Tensor, real: Tensor) -> Tensor:
+        return out
+
+
+class DropsTheGradientOfWeights(Softmax):
+    def weights(self, scores: Tensor) -> Tensor:
+        return scores.softmax(-1).detach()
+
+
+class Unnormalised(Softmax):
+    def weights(self, scores: Tensor) -> Tensor:
+        return scores.exp()
+
+
+class Unscaled(WithPattern):
+    def scaled(self, scores: Tensor, head_dim: int) -> Tensor:
+        return scores
+
+
+class DropsOut(Softmax):
+    def weights(self, scores: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(scores.softmax(-1), 0.1)
+
+
+class MixesTheBatch(Softmax):
+    def finish(self, out: Tensor, real: Tensor) -> Tensor:
+        return super().finish(out + 1e-3 * out.mean(0, keepdim=True), real)
+
+
+class WrongDtype(Softmax):
+    def finish(self, out: Tensor, real: Tensor) -> Tensor:
+        return super().finish(out.float(), real)
+
+
+class HeadsByCount(Softmax):
+    """Depends on the head's index without saying so."""
+
+    def scaled(self, scores: Tensor, head_dim: int) -> Tensor:
+        return super().scaled(scores, head_dim) * torch.arange(1, scores.shape[1] + 1)[:, None, None]
+
+
+class Raises(Softmax):
+    def scaled(self, scores: Tensor, head_dim: int) -> Tensor:
+        raise RuntimeError("out of cheese")
+
+
+def test_a_correct_plugin_passes_and_says_what_was_not_checked() -> None:
+    unchecked = [check for check in check_backend(Softmax()) if check.passed is None]
+    assert ["no pattern" in check.message for check in unchecked] == [True]
+    assert all(check.passed for check in check_backend(WithPattern()))
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (LeaksTheFuture, "before position"),
+        (CountsPadding, "under another padding|shorter sequence"),
+        (KeepsNaN, "not finite"),
+        (PaddedQueriesAnswer, "the output of padding"),
+        (DropsTheGradientOfWeights, "slope along q"),
+        (Unnormalised, "sum of the weights"),
+        (Unscaled, "the output is off"),
+        (DropsOut, "two runs differ"),
+        (MixesTheBatch, "row 0 alone"),
+        (WrongDtype, "float32"),
+        (HeadsByCount, "heads 2 to 4"),
+        (Raises, "out of cheese"),
+    ],
+)
+def test_a_broken_backend_is_refused(broken: type[Softmax], words: str) -> None:
+    with pytest.raises(ConformanceError, match=words):
+        check_backend(broken())
+
+
+def test_mixing_weights_without_gradient_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchscale's backward: each branch's own out and lse, with the mixing weights held constant."""
+    from longnet_kit.attention import dilated
+
+    class Detached(AttentionBackend):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = [
+                attention.build({"backend": "dilated", "segment_lengths": [w], "dilation_rates": [1]}) for w in (4, 16)
+            ]
+
+        @property
+        def pattern(self) -> patterns.Pattern:
+            return patterns.Dilated([4, 16], [1, 1])
+
+        def forward(
+            self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, key_padding_mask: Tensor | None = None
+        ) -> Tensor:
+            outs = torch.stack([branch(q, k, v, causal, key_padding_mask) for branch in self.branches])
+            if key_padding_mask is not None:
+                q, k, v = dilated.padding.hide(q, k, v, key_padding_mask)
+            scale = outs.shape[-1] ** -0.5
+            lses = [
+                dilated.dilated(q, k, v, [w], [1], "interleaved", 0, q.shape[2], causal, scale)[1] for w in (4, 16)
+            ]
+            return (outs * torch.stack(lses).softmax(0).detach().unsqueeze(-1).to(outs.dtype)).sum(0)
+
+    checks = {check.claim: check for check in run_checks(Detached())}
+    broken = [check for check in checks.values() if check.passed is False]
+    assert any("gradient of q" in check.message or "slope along q" in check.message for check in broken)
+    assert not any("the output is off" in check.message for check in broken)  # its values are right
+
+
+def test_a_dilated_backward_by_branch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each branch's backward under its own softmax instead of the merged one."""
+    own = flash.backward
+
+    def by_branch(grad_out, q, k, v, out, lse, causal, scale):  # type: ignore[no-untyped-def]
+        out, lse = flash.forward(q, k, v, causal, scale)
+        return own(grad_out, q, k, v, out, lse, causal, scale)
+
+    monkeypatch.setattr(flash, "backward", by_branch)
+    with pytest.raises(ConformanceError, match="gradient"):
+        check_backend(attention.build({"backend": "dilated", **BRANCHES}))
+
+
+def test_a_backend_that_declines_is_reported_as_unchecked() -> None:
+    class FloatOnly(Softmax):
+        def supports(self, *, dtype: torch.dtype, **_: object) -> Support:
+            return Support(dtype == torch.float32, "runs in float32 only")
+
+    checks = check_backend(FloatOnly())
+    assert any(check.passed is None and "float32 only" in check.message for check in checks)
+    with pytest.raises(ValueError, match="float32 only"):
+        FloatOnly()(*(torch.zeros(1, 2, 1, 4, dtype=torch.float64) for _ in range(3)))
+
+
+def test_the_report_is_printed_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_check("dilated", dict(BRANCHES)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].endswith("0 broken, 0 not checked")
+    assert all(line.startswith("ok") for line in printed[:-1])
+    with pytest.raises(ValueError, match="did you mean 'dilated'"):
+        main_check("dilate", {})
