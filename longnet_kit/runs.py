@@ -1,0 +1,98 @@
+"""Run directories: runs/<name>/version_<n>/, claimed, found again and summed up. Nothing here imports torch.
+
+A run directory holds recipe.yaml, TensorBoard events, metrics.csv, checkpoints/ and summary.json.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path("runs")
+RECIPE, SUMMARY, METRICS, CHECKPOINTS = "recipe.yaml", "summary.json", "metrics.csv", "checkpoints"
+
+
+def claim(name: str, root: Path = ROOT) -> Path:
+    """Make the next free runs/<name>/version_<n>; two processes never get the same one."""
+    parent = root / name
+    parent.mkdir(parents=True, exist_ok=True)
+    number = max((_number(d) for d in versions(name, root)), default=-1) + 1
+    while True:
+        try:
+            directory = parent / f"version_{number}"
+            directory.mkdir()
+            return directory
+        except FileExistsError:
+            number += 1
+
+
+def versions(name: str, root: Path = ROOT) -> list[Path]:
+    """The run directories of a name, oldest first."""
+    return sorted((d for d in (root / name).glob("version_*") if d.is_dir() and _number(d) >= 0), key=_number)
+
+
+def find(path: Path) -> Path:
+    """The run directory that `path` means: itself, or its newest version.
+
+    Raises:
+        ValueError: there is no run there.
+    """
+    if (path / RECIPE).is_file():
+        return path
+    newest = [d for d in versions(path.name, path.parent) if (d / RECIPE).is_file()]
+    if newest:
+        return newest[-1]
+    present = sorted(str(d.parent) for d in path.parent.glob(f"*/{RECIPE}")) if path.parent.is_dir() else []
+    hint = f"; there are: {', '.join(present)}" if present else ""
+    raise ValueError(
+        f"{path}: no run here (no {RECIPE}, no version_<n> that has one); give a directory like "
+        f"{ROOT}/quickstart/version_0, or train one with `longnet fit`{hint}"
+    )
+
+
+def checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run, by its step.
+
+    Raises:
+        ValueError: the run has none.
+    """
+    found = sorted((run / CHECKPOINTS).glob("step_*.ckpt"), key=_number)
+    if not found:
+        raise ValueError(f"{run}: the run has no checkpoint in {CHECKPOINTS}/; let it train for longer, or start it again")
+    return found[-1]
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """What summary.json holds; empty when the run has not ended or was killed."""
+    try:
+        return json.loads((run / SUMMARY).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def write_summary(run: Path, status: str, scalars: Mapping[str, float]) -> None:
+    """Write the last value of every scalar, and `status`: finished, stopped or failed. Values that are not finite: null."""
+    values = {tag: value if math.isfinite(value) else None for tag, value in sorted(scalars.items())}
+    staged = run / f".{SUMMARY}"
+    staged.write_text(json.dumps({"status": status, **values}, indent=1) + "\n")
+    os.replace(staged, run / SUMMARY)
+
+
+def metrics_until(run: Path, step: int) -> list[dict[str, str]]:
+    """The rows of metrics.csv up to and including an optimizer step, without their empty cells."""
+    if not (run / METRICS).is_file():
+        return []
+    with (run / METRICS).open(newline="") as file:
+        rows = [{tag: value for tag, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if int(row["step"]) <= step]
+
+
+def _number(path: Path) -> int:
+    match = re.fullmatch(r"\w+?_0*(\d+)", path.stem)
+    return int(match[1]) if match else -1
