@@ -21,6 +21,7 @@ BRANCHES = {"segment_lengths": [4, 16], "dilation_rates": [1, 2]}
     [
         {"backend": "naive"},
         {"backend": "naive", "pattern": {"kind": "block_sparse", "block_size": 8}},
+        {"backend": "naive", "pattern": {"kind": "dilated", **BRANCHES}},
         {"backend": "sdpa"},
         {"backend": "dilated", **BRANCHES},
         {"backend": "xformers", "block_size": 16, "local_blocks": 2},

@@ -1,0 +1,80 @@
+"""Every command and every example of the README runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from longnet_kit import testing
+from longnet_kit.attention.patterns import Dilated
+from longnet_kit.report.pattern_text import draw_branches
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SMALL = ["trainer.max_steps=2", "trainer.limit_val_batches=1", "data.seq_len=64", "data.batch_size=2"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that looks like the clone, with the plug-in example beside it and runs of its own."""
+    desk = tmp_path_factory.mktemp("readme")
+    for name in ("tools", "recipes", "tests", "README.md", ".venv"):
+        (desk / name).symlink_to(ROOT / name)
+    window, _ = blocks("python")
+    (desk / "window.py").write_text(window)
+    (desk / "window.yaml").write_text(blocks("yaml")[0])
+    return desk
+
+
+def run(command: str, desk: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, shell=True, cwd=desk, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.timeout(600)
+def test_every_command_runs(desk: Path) -> None:
+    """In order, since later commands use earlier runs; training is cut to two small steps."""
+    for command in COMMANDS:
+        tool = command.split()[0]
+        if tool == "tools/test":
+            command = "tools/test tests/test_readme.py --collect-only"
+        elif tool.endswith("tensorboard"):
+            command = f"{tool} --version"
+        elif command.startswith("tools/longnet fit"):
+            overrides = list(SMALL)
+            if "resume=auto" in command:
+                overrides[0] = "trainer.max_steps=4"
+            command += " " + " ".join(overrides)
+        ended = run(command, desk)
+        assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
+    assert {"quickstart", "wider", "tuned", "mine", "window"} <= {path.name for path in (desk / "runs").iterdir()}
+
+
+def test_the_plugin_conforms(desk: Path) -> None:
+    window = runpy.run_path(str(desk / "window.py"))["Window"]
+    testing.check_backend(window(size=5))
+    assert len([line for line in (desk / "window.py").read_text().splitlines() if line.strip()]) <= 19
+
+
+def test_the_python_example_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+    names: dict[str, object] = {}
+    exec(compile(blocks("python")[1], "README.md", "exec"), names)
+    assert names["out"].shape == names["q"].shape  # type: ignore[attr-defined]
+    assert len(names["task"].model.attention_backends) == 2  # type: ignore[attr-defined]
+
+
+def test_the_picture_is_the_pattern() -> None:
+    assert draw_branches(Dilated([4, 8, 16], [1, 2, 4]), 16, 4) + "\n" == blocks("text")[0]
