@@ -65,7 +65,7 @@ def test_every_command_runs(desk: Path) -> None:
 def test_the_plugin_conforms(desk: Path) -> None:
     window = runpy.run_path(str(desk / "window.py"))["Window"]
     testing.check_backend(window(size=5))
-    assert len([line for line in (desk / "window.py").read_text().splitlines() if line.strip()]) <= 19
+    assert len([line for line in (desk / "window.py").read_text().splitlines() if line.strip()]) <= 15
 
 
 def test_the_python_example_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

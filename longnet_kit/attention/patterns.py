@@ -109,9 +109,14 @@ class Dilated(Pattern):
     def multiplicity(self, seq_len: int, heads: int, causal: bool) -> Tensor:
         m = torch.zeros(heads, seq_len, seq_len, dtype=torch.int32)
         for branch in self.branches:
-            kept = self.keeps(branch, seq_len, heads)  # (H, N)
-            segment = torch.arange(seq_len) // branch[0]
-            m += kept[:, :, None] & kept[:, None, :] & (segment[:, None] == segment)
+            m += self.branch_multiplicity(branch, seq_len, heads, causal)
+        return m
+
+    def branch_multiplicity(self, branch: tuple[int, int], seq_len: int, heads: int, causal: bool) -> Tensor:
+        """What one branch (w, r) alone shows: (H, N, N) int32 of 0 and 1."""
+        kept = self.keeps(branch, seq_len, heads)  # (H, N)
+        segment = torch.arange(seq_len) // branch[0]
+        m = (kept[:, :, None] & kept[:, None, :] & (segment[:, None] == segment)).to(torch.int32)
         return m.tril() if causal else m
 
     def pairs(self, seq_len: int, heads: int, causal: bool) -> int:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longnet_kit.attention.patterns import Dilated, Pattern
+from longnet_kit.attention.patterns import Dilated
 
 
-def draw(pattern: Pattern, seq_len: int, heads: int, causal: bool = True, head: int = 0) -> list[str]:
-    """What one head's queries see: the key's multiplicity, or a dot where it is not seen; one line per query."""
-    return _rows(pattern.multiplicity(seq_len, heads, causal)[head])
+def draw(m: Tensor) -> list[str]:
+    """Multiplicities (N, N) of one head: a digit (9 also for more), or a dot where a key is not seen."""
+    return ["".join(str(min(count, 9)) if count else "·" for count in row) for row in m.tolist()]
 
 
 def draw_branches(pattern: Dilated, seq_len: int, heads: int, causal: bool = True, head: int = 0) -> str:
     """Each branch of a dilated pattern and their mixture, side by side under their names."""
     panels = {
-        f"({w}, {r})": draw(Dilated([w], [r], pattern.head_offsets), seq_len, heads, causal, head)
+        f"({w}, {r})": draw(pattern.branch_multiplicity((w, r), seq_len, heads, causal)[head])
         for w, r in pattern.branches
     }
-    panels["mixed"] = draw(pattern, seq_len, heads, causal, head)
+    panels["mixed"] = draw(pattern.multiplicity(seq_len, heads, causal)[head])
     return side_by_side(panels)
 
 
@@ -28,6 +28,3 @@ def side_by_side(panels: dict[str, list[str]]) -> str:
     lines = ["   ".join(parts) for parts in zip(*panels.values(), strict=True)]
     return "\n".join([titles, *lines])
 
-
-def _rows(m: Tensor) -> list[str]:
-    return ["".join("·" if count == 0 else str(min(int(count), 9)) for count in row) for row in m.tolist()]
