@@ -1,0 +1,157 @@
+"""Position embeddings that turn queries and keys: RoPE and xPos.
+
+Angles are float64 from integer positions and are cast only once they are cosines and sines, so positions stay exact far
+past 2^24. Nothing is kept in buffers, which a cast of the model to bfloat16 would round. The positions here never decide
+which keys a query sees.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["rope", "xpos", "none"]
+
+BASE = 10_000.0
+XPOS_SCALE_BASE = 512
+XPOS_OFFSET = 0.4
+
+
+class Rope:
+    """Rotary embedding (arXiv 2104.09864): dimensions i and i + D/2 turn by position * 10000^(-2i/D).
+
+    Args:
+        head_dim: D.
+
+    Raises:
+        ValueError: D is odd, so its dimensions do not pair up.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        if head_dim % 2:
+            raise ValueError(
+                f"heads of {head_dim} dimensions cannot be rotated in pairs; choose dim and heads so that dim / heads "
+                "is even, or positions: none"
+            )
+        self.head_dim = head_dim
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What `rotate` multiplies with.
+
+        Args:
+            positions: (N,) or (B, N), integers.
+            dtype: of the result.
+
+        Returns:
+            Cosines, and sines with the sign of their half: (N, 1, 1, D) or (B, N, 1, 1, D).
+        """
+        cos, sin = self._halves(positions)
+        return _table(cos, cos, dtype), _table(-sin, sin, dtype)
+
+    def check(self, length: int) -> None:
+        """Raise a ValueError where positions 0 to length - 1 cannot be represented; here all can."""
+
+    def _halves(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (..., N, 1, D/2) float64; the dimension of size 1 is query or key."""
+        angles = positions.double()[..., None, None] * BASE ** -(_pairs(self.head_dim, positions.device) / self.head_dim)
+        return angles.cos(), angles.sin()
+
+
+class XPos(Rope):
+    """Extrapolatable rotary embedding (arXiv 2212.10554): RoPE whose scores decay with distance. Causal only.
+
+    Queries are scaled by gamma^((n - c) / 512) and keys by its inverse, with gamma = (2i/D + 0.4) / 1.4 per pair of
+    dimensions and c = seq_len / 2, so that a score depends on the distance alone and the factors span the least range.
+
+    Args:
+        head_dim: D.
+        seq_len: the length to centre for.
+        dtype: of the computation; its normal range must hold the factors.
+
+    Raises:
+        ValueError: D is odd, or seq_len is above `longest(dtype)`.
+    """
+
+    def __init__(self, head_dim: int, seq_len: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(head_dim)
+        self.centre = seq_len / 2
+        self.dtype = dtype
+        self.check(seq_len)
+
+    @staticmethod
+    def longest(dtype: torch.dtype) -> int:
+        """The longest sequence whose factors are normal numbers of `dtype`: gamma^(±seq_len / 2 / 512) at i = 0."""
+        limits = torch.finfo(dtype)
+        room = min(math.log(limits.max), -math.log(limits.tiny))
+        return int(2 * XPOS_SCALE_BASE * room / math.log((1 + XPOS_OFFSET) / XPOS_OFFSET))
+
+    def check(self, length: int) -> None:
+        """Raise a ValueError where the factor of one of the positions 0 to length - 1 leaves the dtype's range."""
+        longest = self.longest(self.dtype)
+        if 2 * max(self.centre, length - self.centre) > longest:
+            seq_len = int(2 * self.centre)
+            given = f"{length:,} tokens" + (f" in a model built for {seq_len:,}" if seq_len != length else "")
+            raise ValueError(
+                f"positions: xpos reaches {longest:,} tokens in {str(self.dtype).removeprefix('torch.')} before its decay "
+                f"factor leaves the number range, and got {given}; use positions: rope, a shorter seq_len, or a precision "
+                "of wider range (float32 and bfloat16 reach the same length)"
+            )
+
+    def _halves(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = super()._halves(positions)
+        gamma = (_pairs(self.head_dim, positions.device) / self.head_dim + XPOS_OFFSET) / (1 + XPOS_OFFSET)
+        exponent = (positions.double()[..., None] - self.centre) / XPOS_SCALE_BASE
+        query_and_key = torch.stack((exponent, -exponent), dim=-1)  # (..., N, 2)
+        factor = gamma ** query_and_key[..., None]
+        return cos * factor, sin * factor
+
+
+def build(kind: Kind, *, head_dim: int, seq_len: int, causal: bool, dtype: torch.dtype = torch.float32) -> Rope | None:
+    """Make the position embedding of a model; None for `none`.
+
+    Args:
+        dtype: the dtype in which the model computes, for xPos's range.
+
+    Raises:
+        ValueError: an unknown kind, or one that this model cannot have.
+    """
+    if kind == "none":
+        return None
+    if kind == "rope":
+        return Rope(head_dim)
+    if kind != "xpos":
+        raise ValueError(f"positions is {kind!r}, expected 'rope', 'xpos' or 'none'")
+    if not causal:
+        raise ValueError(
+            "positions: xpos needs causal: true, since its decay with distance grows without bound for later keys; "
+            "use positions: rope"
+        )
+    return XPos(head_dim, seq_len, dtype)
+
+
+def rotate(qk: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn queries and keys by their positions.
+
+    Args:
+        qk: (B, N, 2, H, D), of any strides; queries, then keys.
+        tables: from `Rope.tables`, of the dtype to compute in.
+
+    Returns:
+        (B, N, 2, H, D), of qk's dtype.
+    """
+    cos, sin = tables
+    x = qk.to(cos.dtype)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # the two halves, which hold the two members of each pair
+    return torch.addcmul(x * cos, swapped, sin).to(qk.dtype)
+
+
+def _pairs(head_dim: int, device: torch.device) -> Tensor:
+    """2i for each pair of dimensions: (D/2,) float64."""
+    return torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
+
+
+def _table(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.cat((first, second), dim=-1).to(dtype).unsqueeze(-2)  # (..., N, 1 or 2, 1, D)

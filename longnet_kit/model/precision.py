@@ -1,0 +1,14 @@
+"""Which dtype a Trainer precision computes in."""
+
+from __future__ import annotations
+
+import torch
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype of matrix products under a `lightning.Trainer` precision such as `bf16-mixed` or `64-true`."""
+    if precision.startswith("16"):
+        return torch.float16
+    if precision.startswith("bf16"):
+        return torch.bfloat16
+    return torch.float64 if precision.startswith("64") else torch.float32

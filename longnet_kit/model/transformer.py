@@ -1,0 +1,242 @@
+"""The Transformer of the LongNet paper: MAGNETO blocks (arXiv 2210.06423) around any attention backend.
+
+A block is x + W_o LN(attention(LN x)), then x + W_2 LN(GELU(W_1 LN x)): a layer norm before each sublayer and another
+before its last projection (sub-LN). The embedding is also the head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longnet_kit import attention as backends
+from longnet_kit.attention import AttentionBackend
+from longnet_kit.model import positions as position_embeddings
+from longnet_kit.model.positions import Kind, rotate
+
+Tables = tuple[Tensor, Tensor]
+
+
+class Transformer(nn.Module):
+    """Tokens in, logits out.
+
+    Args:
+        vocab_size: V, how many tokens there are.
+        dim: width of the residual stream.
+        layers: number of blocks.
+        heads: attention heads per block; `dim` is a multiple of it.
+        ffn_dim: width of the feed-forward layers.
+        dropout: probability of dropping an element of the embedding and of each sublayer's output.
+        positions: `rope`, `xpos` (causal only) or `none`.
+        causal: a token sees none after it.
+        seq_len: the length that the model is for; others work too. xPos is centred on it.
+        attention: `backend` and its own keys, as in a recipe; each layer has a backend of its own.
+        compute_dtype: the dtype in which matrix products will run, for xPos's range check.
+
+    Raises:
+        ValueError: sizes or settings that do not go together, or an attention mapping that is wrong.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        dim: int,
+        layers: int,
+        heads: int,
+        ffn_dim: int,
+        dropout: float = 0.0,
+        positions: Kind = "rope",
+        causal: bool = True,
+        seq_len: int,
+        attention: Mapping[str, Any],
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        sizes = {"vocab_size": vocab_size, "dim": dim, "layers": layers, "heads": heads}
+        sizes |= {"ffn_dim": ffn_dim, "seq_len": seq_len}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}, expected at least 1")
+        if dim % heads:
+            raise ValueError(f"dim is {dim} and heads is {heads}; dim must be a multiple of heads")
+        self.config: dict[str, Any] = sizes | {
+            "dropout": dropout,
+            "positions": positions,
+            "causal": causal,
+            "attention": dict(attention),
+        }
+        self.causal = causal
+        self.seq_len = seq_len
+        self.positions = position_embeddings.build(
+            positions, head_dim=dim // heads, seq_len=seq_len, causal=causal, dtype=compute_dtype
+        )
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(dim, heads, ffn_dim, dropout, causal, attention) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, after MAGNETO (table 2): gain sqrt(log 2M), M the number of layers."""
+        nn.init.normal_(self.embedding.weight, std=self.embedding.embedding_dim**-0.5)
+        self.norm.reset_parameters()
+        gain = math.sqrt(math.log(2 * len(self.blocks)))
+        for block in self.blocks:
+            block.reset_parameters(gain)  # type: ignore[operator]
+
+    def forward(
+        self, tokens: Tensor, *, positions: Tensor | None = None, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the next token, (B, N, V); the arguments are those of `hidden`."""
+        hidden = self.hidden(tokens, positions=positions, key_padding_mask=key_padding_mask)
+        return F.linear(hidden, self.embedding.weight)
+
+    def hidden(
+        self, tokens: Tensor, *, positions: Tensor | None = None, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """The states before the head.
+
+        Args:
+            tokens: (B, N) integers below V.
+            positions: (N,) or (B, N) integers for the position embedding, 0 to N - 1 by default. They never decide which
+                keys a query sees.
+            key_padding_mask: (B, N) bool, True where the token is real; pad on the right.
+
+        Returns:
+            (B, N, dim).
+
+        Raises:
+            ValueError: malformed arguments, or more tokens than xPos can represent.
+        """
+        tables = self._tables(tokens, positions)
+        x = self.dropout(self.embedding(tokens))
+        for block in self.blocks:
+            x = block(x, tables, key_padding_mask)
+        return self.norm(x)
+
+    def flops(self, seq_len: int) -> int | None:
+        """Matrix-multiplication FLOPs of one forward over one sequence, head included; None if the backend cannot say.
+
+        Training costs three times as many.
+        """
+        blocks = [block.flops(seq_len) for block in self.blocks]  # type: ignore[operator]
+        if None in blocks:
+            return None
+        return sum(blocks) + 2 * seq_len * self.embedding.weight.numel()
+
+    @property
+    def attention_backends(self) -> list[AttentionBackend]:
+        """The backend of each layer, first to last."""
+        return [block.attention.backend for block in self.blocks]  # type: ignore[union-attr, misc]
+
+    def _tables(self, tokens: Tensor, positions: Tensor | None) -> Tables | None:
+        """Cosines and sines for all layers, at least float32."""
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected two dimensions: batch, seq")
+        if positions is None:
+            if self.positions is None:
+                return None
+            self.positions.check(tokens.shape[1])
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        elif positions.shape not in (tokens.shape, tokens.shape[1:]) or positions.is_floating_point():
+            raise ValueError(
+                f"positions is {positions.dtype} of shape {tuple(positions.shape)}, expected integers of shape "
+                f"{tuple(tokens.shape[1:])} or {tuple(tokens.shape)}"
+            )
+        if self.positions is None:
+            return None
+        dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
+        return self.positions.tables(positions, dtype)
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward network, each added to the residual stream."""
+
+    def __init__(
+        self, dim: int, heads: int, ffn_dim: int, dropout: float, causal: bool, attention: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.attention = SelfAttention(dim, heads, causal, backends.build(attention))
+        self.feed_forward = FeedForward(dim, ffn_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, tables: Tables | None, key_padding_mask: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.attention(x, tables, key_padding_mask))
+        return x + self.dropout(self.feed_forward(x))
+
+    def reset_parameters(self, gain: float) -> None:
+        self.attention.reset_parameters(gain)
+        self.feed_forward.reset_parameters(gain)
+
+    def flops(self, seq_len: int) -> int | None:
+        """Of one forward over one sequence: two per weight of a matrix and token, and the backend's."""
+        attention = self.attention
+        head_dim = attention.out.in_features // attention.heads
+        pairs = attention.backend.flops(seq_len, attention.heads, head_dim, attention.causal)
+        if pairs is None:
+            return None
+        linear = (m for m in self.modules() if isinstance(m, nn.Linear))
+        return pairs + sum(2 * seq_len * m.weight.numel() for m in linear)
+
+
+class SelfAttention(nn.Module):
+    """W_o LN(attention(LN x)); (B, N, dim) in and out."""
+
+    def __init__(self, dim: int, heads: int, causal: bool, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.backend = backend
+        self.inner_norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, tables: Tables | None, key_padding_mask: Tensor | None) -> Tensor:
+        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
+        qk, v = qkv.split((2, 1), dim=2)
+        if tables is not None:
+            qk = rotate(qk, tables)
+        (q, k), v = qk.unbind(2), v.squeeze(2)
+        out = self.backend(q, k, v, causal=self.causal, key_padding_mask=key_padding_mask)
+        return self.out(self.inner_norm(out.flatten(2)))
+
+    def reset_parameters(self, gain: float) -> None:
+        """Xavier normal, q, k and v as matrices of their own; q and k keep gain 1."""
+        for part, part_gain in zip(self.qkv.weight.chunk(3), (1.0, 1.0, gain), strict=True):
+            nn.init.xavier_normal_(part, part_gain)
+        nn.init.zeros_(self.qkv.bias)
+        _reset_linear(self.out, gain)
+        self.norm.reset_parameters()
+        self.inner_norm.reset_parameters()
+
+
+class FeedForward(nn.Module):
+    """W_2 LN(GELU(W_1 LN x)); (B, N, dim) in and out."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, ffn_dim)
+        self.inner_norm = nn.LayerNorm(ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.inner_norm(F.gelu(self.fc1(self.norm(x)))))
+
+    def reset_parameters(self, gain: float) -> None:
+        _reset_linear(self.fc1, gain)
+        _reset_linear(self.fc2, gain)
+        self.norm.reset_parameters()
+        self.inner_norm.reset_parameters()
+
+
+def _reset_linear(linear: nn.Linear, gain: float) -> None:
+    nn.init.xavier_normal_(linear.weight, gain)
+    nn.init.zeros_(linear.bias)

@@ -1,0 +1,1 @@
+"""Drawing: figures for TensorBoard, patterns as text."""

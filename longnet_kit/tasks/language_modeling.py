@@ -1,0 +1,182 @@
+"""Language modelling: the next token's loss over the global batch, and what is measured of it.
+
+Scalars: train/loss, train/grad_norm, train/lr; val/ and test/: loss, perplexity, bits_per_byte, perplexity@<context>.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from longnet_kit.model import Transformer
+from longnet_kit.model.loss import IGNORED, token_losses
+from longnet_kit.tasks import optimization, register
+from longnet_kit.tasks.metrics import LossByPosition
+from longnet_kit.tasks.scalars import due, record
+
+if TYPE_CHECKING:
+    from longnet_kit import recipe
+
+Batch = Mapping[str, Tensor]
+
+
+@register("language_modeling")
+class LanguageModeling(LightningModule):
+    """Train a network to predict each token from those before it.
+
+    A batch holds `tokens` and `targets`, (B, N) int64 each; a target of -100 has no loss. The gradient of an optimizer
+    step is that of the mean loss over all its tokens: all ranks, all accumulated batches, however unevenly their targets
+    are ignored.
+
+    Args:
+        model: the bare network.
+        optimizer: a recipe's `optimizer` section.
+        max_steps: optimizer steps that the learning-rate schedule spans.
+        eval_contexts: window lengths at which validation and test also measure perplexity, in tokens.
+    """
+
+    model: Transformer
+
+    def __init__(
+        self, model: Transformer, optimizer: recipe.Optimizer, *, max_steps: int, eval_contexts: Sequence[int] = ()
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer_options = optimizer
+        self.max_steps = max_steps
+        self.eval_contexts = sorted(set(eval_contexts))
+        self.save_hyperparameters(
+            {
+                "model": model.config,
+                "optimizer": optimization.as_dict(optimizer),
+                "max_steps": max_steps,
+                "eval_contexts": self.eval_contexts,
+            },
+            logger=False,
+        )
+        self.loss_by_position: Tensor | None = None
+        """Mean loss in nats at each position, (seq_len,), of the latest validation or test."""
+        # In a dictionary, not as submodules: a precision that casts the model would cast the sums in the metrics.
+        self._metrics: dict[str, Any] = {}
+        self._denominator: Tensor | None = None
+
+    def forward(self, tokens: Tensor, **options: Tensor | None) -> Tensor:
+        """Logits, (B, N, V); see `Transformer.forward`."""
+        return self.model(tokens, **options)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and its schedule by the step; see `tasks.optimization`."""
+        optimizer = optimization.build(self.optimizer_options, self.model)
+        scheduler = optimization.schedule(self.optimizer_options, optimizer, self.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        self._metrics["train"] = MeanMetric(nan_strategy="disable").to(self.device)
+        self._denominator = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss whose gradient, averaged over ranks and accumulated batches, is that of the mean over all tokens.
+
+        The sum over this rank's tokens is divided by the count over all ranks in the first batch of the optimizer step;
+        once the later batches' counts are known, `_weigh_by_tokens` corrects for them.
+        """
+        losses, counted = self._losses(batch["tokens"], batch["targets"])
+        total, count = losses.sum(), counted.sum()
+        if self._denominator is None:
+            self._denominator = self._over_ranks(count).clamp(min=1)
+            self._count = torch.zeros_like(count)
+        self._count += count
+        self._metrics["train"].update(total.detach() / count.clamp(min=1), count)
+        return total * (self.trainer.world_size / self._denominator)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.trainer.accumulate_grad_batches > 1:
+            self._weigh_by_tokens()
+        step = self.trainer.global_step + 1
+        if due(self.trainer, step):
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            scalars = {
+                "train/loss": self._metrics["train"].compute(),
+                "train/grad_norm": nn.utils.get_total_norm(gradients),
+                "train/lr": optimizer.param_groups[0]["lr"],
+            }
+            record(self, scalars, step)
+        self._metrics["train"].reset()
+        self._denominator = None
+
+    def on_validation_epoch_start(self) -> None:
+        self._start_evaluation()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._start_evaluation()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self._finish_evaluation("test")
+
+    def _losses(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each token, and whether it counts: (B, N) each."""
+        losses = token_losses(self.model.hidden(tokens), self.model.embedding.weight, targets)
+        return losses, targets != IGNORED
+
+    def _over_ranks(self, count: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(count.clone(), reduce_op="sum")  # type: ignore[return-value]
+
+    def _weigh_by_tokens(self) -> None:
+        """Scale the accumulated gradients from the first batch's token count to that of the whole optimizer step."""
+        assert self._denominator is not None
+        given = self.trainer.accumulate_grad_batches * self._denominator
+        factor = (given / self._over_ranks(self._count).clamp(min=1)).item()
+        if factor != 1:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    def _start_evaluation(self) -> None:
+        for length in {self.model.seq_len, *self.eval_contexts}:
+            self._metrics[f"context {length}"] = LossByPosition(length).to(self.device)
+
+    def _evaluate(self, batch: Batch) -> None:
+        tokens, targets = batch["tokens"], batch["targets"]
+        whole = self._losses(tokens, targets)
+        self._metrics[f"context {self.model.seq_len}"].update(*whole)
+        batch_size, seq_len = tokens.shape
+        for context in self.eval_contexts:
+            windows = seq_len // context
+            if context == self.model.seq_len or not windows:
+                continue
+            if context == seq_len:
+                self._metrics[f"context {context}"].update(*whole)
+                continue
+            cut = (x[:, : windows * context].reshape(batch_size * windows, context) for x in (tokens, targets))
+            self._metrics[f"context {context}"].update(*self._losses(*cut))
+
+    def _finish_evaluation(self, stage: str) -> None:
+        """Record everything measured under `stage`, `val` or `test`."""
+        losses = {n: self._metrics[f"context {n}"].compute() for n in {self.model.seq_len, *self.eval_contexts}}
+        mean, by_position = losses[self.model.seq_len]
+        self.loss_by_position = by_position.cpu()
+        if self.trainer.sanity_checking:
+            return
+        scalars = {f"{stage}/loss": mean, f"{stage}/perplexity": mean.exp()}
+        bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", {}).get(stage)
+        if bytes_per_token is not None:
+            scalars[f"{stage}/bits_per_byte"] = mean / math.log(2) / bytes_per_token
+        for context in self.eval_contexts:
+            if not losses[context].mean.isnan():
+                scalars[f"{stage}/perplexity@{context}"] = losses[context].mean.exp()
+        record(self, scalars, self.trainer.global_step)

@@ -1,0 +1,65 @@
+"""The optimizer of a recipe and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+if TYPE_CHECKING:
+    from longnet_kit import recipe
+
+
+def build(options: recipe.Optimizer, model: nn.Module) -> Optimizer:
+    """Make the optimizer of a model.
+
+    Weight decay is for matrices only: biases and layer norms have none. The embedding, which is the head too, is one of
+    the matrices. `adam` adds the decay to the gradient, `adamw` decouples it; `sgd` has no momentum and ignores the betas.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # torch chooses well on an accelerator, but on the CPU it loops over parameters unless told to fuse.
+    fused = True if all(p.device.type == "cpu" for p in parameters) else None
+    if options.name == "sgd":
+        return torch.optim.SGD(groups, lr=options.lr, fused=fused)
+    kinds: dict[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+    if options.name not in kinds:
+        raise ValueError(f"the optimizer is {options.name!r}, expected 'adamw', 'adam' or 'sgd'")
+    beta1, beta2 = options.betas
+    return kinds[options.name](groups, lr=options.lr, betas=(beta1, beta2), fused=fused)
+
+
+def schedule(options: recipe.Optimizer, optimizer: Optimizer, max_steps: int) -> LambdaLR:
+    """Warm up linearly over `warmup_steps`, then go down to 0 at `max_steps` (`linear`, `cosine`) or stay (`constant`).
+
+    `linear` is the paper's polynomial decay of power 1. The first step has lr / warmup_steps, and step warmup_steps the
+    whole lr.
+    """
+    shapes: dict[str, Callable[[float], float]] = {
+        "linear": lambda t: 1 - t,
+        "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
+        "constant": lambda t: 1.0,
+    }
+    if options.schedule not in shapes:
+        raise ValueError(f"the schedule is {options.schedule!r}, expected 'linear', 'cosine' or 'constant'")
+    shape, warmup = shapes[options.schedule], options.warmup_steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return shape(min(1.0, (step - warmup) / max(1, max_steps - warmup)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def as_dict(options: recipe.Optimizer) -> dict[str, Any]:
+    """The options as plain containers."""
+    return {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in vars(options).items()}
