@@ -1,0 +1,350 @@
+"""Block-sparse attention by xformers' memory-efficient kernels (fmha), which know only block-diagonal biases.
+
+A pattern is taken apart into *pieces*, each one kernel call. In a piece, every query and every key is in at most one
+segment, and a segment's queries see all of its keys (in a causal piece, those up to their own). The pieces show each
+visible pair exactly once; their outputs are mixed by their softmax denominators. Staircases of blocks, which no bias
+describes, fall into log2 many pieces of rectangles.
+
+Backward calls the kernel with the mixed out and lse in place of the piece's own, so that the gradients add up to those
+of the one softmax, mixing weights included. Memory is O(N) beside q, k, v.
+
+A kernel is anything with the two methods of `Kernel`; a plain torch one runs all of this on CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longnet_kit.attention import block_sparse_tensor, padding
+from longnet_kit.attention.patterns import BlockSparse
+
+MAX_SEGMENTS = 65535
+"""Segments in one call: a dimension of the CUDA grid."""
+MAX_ELEMENTS = 2**31 - 1
+"""Elements of q in one call: the kernels count in 32 bits."""
+DTYPES = (torch.float16, torch.bfloat16)
+"""What both flash kernels take; the older ones that take float32 keep lse in a layout of their own."""
+
+
+class Kernel(Protocol):
+    """Attention under a bias, with the log of the softmax denominators handed out and in."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float) -> tuple[Tensor, Tensor]:
+        """q (1, M, H, D), k and v (1, K, H, D) to out (1, M, H, D) and lse (1, H, M)."""
+        ...
+
+    def backward(
+        self, grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v, shaped as they are, under the given out and lse."""
+        ...
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockSparse,
+    causal: bool,
+    key_padding_mask: Tensor | None,
+    kernel: Kernel,
+) -> Tensor:
+    """Attention over the blocks that `pattern` shows.
+
+    Args:
+        q, k, v: (B, N, H, D), of a dtype and width that the kernel takes; with padding, 8 columns wider.
+        key_padding_mask: (B, N) bool, True where the token is real.
+
+    Returns:
+        (B, N, H, D), of q's dtype; zero for padded queries.
+
+    Raises:
+        ValueError: one sequence is too long for the kernels' 32-bit counters.
+    """
+    scale = q.shape[-1] ** -0.5
+    if key_padding_mask is not None:
+        q, k, v = padding.hide(q, k, v, key_padding_mask)
+    with torch.autocast(q.device.type, enabled=False):
+        rows = MAX_ELEMENTS // q[0].numel()
+        if rows == 0:
+            raise ValueError(
+                f"one sequence of {tuple(q.shape[1:])} (seq, heads, head_dim) holds {q[0].numel()} elements; xformers' "
+                f"kernels take at most {MAX_ELEMENTS}: shorten it or split the heads over several devices"
+            )
+        chunks = zip(*(x.split(rows) for x in (q, k, v)), strict=True)
+        out = torch.cat([_attend(*chunk, pattern, causal, kernel, scale) for chunk in chunks])
+    return out if key_padding_mask is None else padding.reveal(out, key_padding_mask)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockSparse, causal: bool, kernel: Kernel, scale: float
+) -> Tensor:
+    batch, seq_len, heads, head_dim = q.shape
+    calls = plan(*_key(pattern), batch, seq_len, causal, q.device)
+    q, k, v = (_aligned(x).reshape(1, batch * seq_len, heads, head_dim) for x in (q, k, v))
+    return _Merged.apply(q, k, v, calls, kernel, scale).view(batch, seq_len, heads, head_dim)  # type: ignore[union-attr]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The kernels read 8 elements at once: anything else about the strides is free."""
+    steps = (*x.stride()[:-1], x.storage_offset())
+    return x if x.stride(-1) == 1 and all(step % 8 == 0 for step in steps) else x.contiguous()
+
+
+class Call(NamedTuple):
+    """One kernel call: which of the B * N tokens are its queries and keys, and the bias over them."""
+
+    queries: Tensor | slice
+    keys: Tensor | slice
+    bias: Any
+
+
+class _Merged(torch.autograd.Function):
+    """One softmax over the keys of all calls."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: Sequence[Call], kernel: Kernel, scale: float
+    ) -> Tensor:
+        exact = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_zeros(q.shape, dtype=exact)
+        lse = q.new_full((1, q.shape[2], q.shape[1]), -torch.inf, dtype=exact)
+        for queries, keys, bias in calls:
+            call_out, call_lse = kernel.forward(q[:, queries], k[:, keys], v[:, keys], bias, scale)
+            before = lse[..., queries]
+            after = torch.logaddexp(before, call_lse)
+            kept, added = ((x - after).exp().transpose(1, 2).unsqueeze(-1) for x in (before, call_lse))
+            out[:, queries] = out[:, queries] * kept + call_out * added
+            lse[..., queries] = after
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.calls, ctx.kernel, ctx.scale = calls, kernel, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, out, lse = ctx.saved_tensors
+        totals = tuple(torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            for queries, keys, bias in ctx.calls:
+                saved = (out[:, queries], lse[..., queries].contiguous(), q[:, queries], k[:, keys], v[:, keys])
+                parts = ctx.kernel.backward(grad[:, queries].contiguous(), *saved, bias, ctx.scale)
+                for total, part, index in zip(totals, parts, (queries, keys, keys), strict=True):
+                    total[:, index] += part  # no index twice within a call
+        return *(total.to(q.dtype) for total in totals), None, None, None
+
+
+class Segment(NamedTuple):
+    """Queries that see all of these keys; positions in one sequence."""
+
+    queries: range
+    keys: list[range]
+
+
+class Piece(NamedTuple):
+    """Disjoint segments. `causal`: the last query of a segment sees all keys, each one before it one key less."""
+
+    segments: list[Segment]
+    causal: bool
+
+
+def pieces(pattern: BlockSparse, seq_len: int, causal: bool) -> list[Piece]:
+    """Take a pattern apart: each visible pair of positions is in exactly one piece."""
+    split = _fixed if pattern.layout == "fixed" else _local
+    whole = [
+        Piece([Segment(queries, [keys for keys in ranges if keys]) for queries, ranges in piece.segments], piece.causal)
+        for piece in split(pattern, seq_len, causal)
+    ]
+    kept = [Piece([s for s in piece.segments if s.queries and s.keys], piece.causal) for piece in whole]
+    return [piece for piece in kept if piece.segments]
+
+
+def _fixed(pattern: BlockSparse, seq_len: int, causal: bool) -> Iterator[Piece]:
+    width = pattern.local_blocks * pattern.block_size
+    detail = width - pattern.summary_blocks * pattern.block_size  # a window's tokens before its summary
+    starts = range(0, seq_len, width)
+
+    def within(first: int, last: int) -> range:
+        return range(first, min(last, seq_len))
+
+    if not causal:
+        yield Piece([Segment(within(0, seq_len), [within(s + detail, s + width) for s in starts])], False)
+        yield Piece([Segment(within(s, s + width), [within(s, s + detail)]) for s in starts], False)
+        return
+    yield Piece([Segment(within(s, s + width), [within(s, s + width)]) for s in starts], True)
+    for level in staircase(len(starts)):
+        yield Piece(
+            [
+                Segment(
+                    within(later.start * width, later.stop * width),
+                    [within(i * width + detail, (i + 1) * width) for i in earlier],
+                )
+                for earlier, later in level
+            ],
+            False,
+        )
+
+
+def _local(pattern: BlockSparse, seq_len: int, causal: bool) -> Iterator[Piece]:
+    """Groups of `local_blocks` blocks. A block sees its own group, of the previous one the blocks whose place in the
+    group is after its own, and of the next one (unless causal) those whose place is before."""
+    size, width = pattern.block_size, pattern.local_blocks * pattern.block_size
+    groups = range(0, seq_len, width)
+
+    def within(group: int, places: range) -> range:
+        return range(group + places.start * size, min(group + places.stop * size, seq_len))
+
+    everything = range(pattern.local_blocks)
+    yield Piece([Segment(within(g, everything), [within(g, everything)]) for g in groups], causal)
+    for level in staircase(pattern.local_blocks):
+        back = [Segment(within(g, low), [within(g - width, high)]) for g in groups[1:] for low, high in level]
+        ahead = [Segment(within(g, high), [within(g + width, low)]) for g in groups[:-1] for low, high in level]
+        yield Piece(back if causal else back + ahead, False)
+
+
+def staircase(count: int) -> Iterator[list[tuple[range, range]]]:
+    """Every pair i < j below `count`, once, as rectangles (range of i, range of j), disjoint within each level.
+
+    A pair is at the level of the highest bit in which i and j differ.
+    """
+    size = 1
+    while size < count:
+        yield [
+            (range(low, low + size), range(low + size, min(low + 2 * size, count)))
+            for low in range(0, count - size, 2 * size)
+        ]
+        size *= 2
+
+
+def _key(pattern: BlockSparse) -> tuple[str, int, int, int]:
+    return pattern.layout, pattern.block_size, pattern.local_blocks, pattern.summary_blocks
+
+
+@functools.lru_cache(maxsize=16)
+def plan(
+    layout: str,
+    block_size: int,
+    local_blocks: int,
+    summary_blocks: int,
+    batch: int,
+    seq_len: int,
+    causal: bool,
+    device: torch.device,
+) -> tuple[Call, ...]:
+    """The kernel calls for a batch of sequences laid end to end."""
+    from xformers.ops.fmha import attn_bias
+
+    pattern = BlockSparse(layout, block_size, local_blocks, summary_blocks)  # type: ignore[arg-type]
+    calls = []
+    # A first call in inference mode must not leave tensors behind that training cannot save.
+    with torch.inference_mode(False):
+        for piece in pieces(pattern, seq_len, causal):
+            bias = attn_bias.BlockDiagonalCausalFromBottomRightMask if piece.causal else attn_bias.BlockDiagonalMask
+            segments = [(start, segment) for start in range(0, batch * seq_len, seq_len) for segment in piece.segments]
+            for first in range(0, len(segments), MAX_SEGMENTS):
+                some = segments[first : first + MAX_SEGMENTS]
+                queries = [[_shift(segment.queries, start)] for start, segment in some]
+                keys = [[_shift(r, start) for r in segment.keys] for start, segment in some]
+                lengths = ([sum(map(len, ranges)) for ranges in side] for side in (queries, keys))
+                calls.append(
+                    Call(_index(queries, device), _index(keys, device), bias.from_seqlens(*lengths, device=device))
+                )
+    return tuple(calls)
+
+
+def _shift(positions: range, start: int) -> range:
+    return range(positions.start + start, positions.stop + start)
+
+
+def _index(ranges: list[list[range]], device: torch.device) -> Tensor | slice:
+    """All positions in order; a slice, which copies nothing, where they adjoin."""
+    flat = [r for several in ranges for r in several]
+    if all(a.stop == b.start for a, b in zip(flat, flat[1:], strict=False)):
+        return slice(flat[0].start, flat[-1].stop)
+    return torch.cat([torch.arange(r.start, r.stop) for r in flat]).to(device)
+
+
+class Fmha:
+    """A forward and a backward operator of xformers that share one layout of lse: (1, H, tokens)."""
+
+    def __init__(self, module: str) -> None:
+        self._fmha = importlib.import_module("xformers.ops.fmha")
+        operators = importlib.import_module(f"xformers.ops.fmha.{module}")
+        self._ops = operators.FwOp, operators.BwOp
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float) -> tuple[Tensor, Tensor]:
+        return self._fmha.memory_efficient_attention_forward_requires_grad(q, k, v, bias, 0.0, scale, op=self._ops[0])
+
+    def backward(
+        self, grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._fmha.memory_efficient_attention_backward(
+            grad, out, lse, q, k, v, bias, 0.0, scale, op=self._ops[1]
+        )
+
+
+def probe(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Kernel | None, str]:
+    """The kernel that runs right on this device, or None and why each was refused.
+
+    A small batch is run forward and backward and compared with BlockSparseTensor. The answer is kept for each
+    (device, dtype, width) and for whether torch asks for deterministic algorithms, which rules kernels out.
+    """
+    if device.type != "cuda":
+        return None, f"fmha has no kernels for {device.type}, only for cuda"
+    if dtype not in DTYPES:
+        return None, f"fmha runs in {' or '.join(map(str, DTYPES))}, not in {dtype}"
+    return _probe(device, dtype, head_dim, torch.are_deterministic_algorithms_enabled())
+
+
+@functools.cache
+def _probe(device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool) -> tuple[Kernel | None, str]:
+    refusals = []
+    for module in ("flash3", "flash"):
+        try:
+            kernel = Fmha(module)
+            disagreement = check(kernel, device, dtype, head_dim)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # what an operator cannot run it refuses in many ways
+            refusals.append(f"{module}: {' '.join(str(error).split())}")
+        else:
+            if not disagreement:
+                return kernel, ""
+            refusals.append(f"{module}: {disagreement}")
+    return None, "; ".join(refusals)
+
+
+def check(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Compare a kernel with BlockSparseTensor, forward and backward, with and without causality and padding.
+
+    Returns:
+        What disagrees by more than rounding; empty when nothing does.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pattern = BlockSparse("fixed", 16, 2, 1)
+    with torch.inference_mode(False), torch.enable_grad():
+        drawn = torch.randn(4, 2, 75, 2, head_dim, generator=generator).to(device, dtype)
+        q, k, v, grad = drawn.unbind()
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        right = torch.arange(75, device=device) < torch.tensor([[75], [41]], device=device)
+        for causal, mask in ((True, None), (False, None), (True, right), (False, right)):
+            results = [
+                (out, *torch.autograd.grad(out, (q, k, v), grad))
+                for out in (
+                    attend(q, k, v, pattern, causal, mask, kernel),
+                    block_sparse_tensor.attend(q, k, v, pattern, causal, mask),
+                )
+            ]
+            for name, given, expected in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+                error = (given - expected).abs().max() / expected.abs().max()
+                if not error < 0.05:  # NaN included
+                    return f"{name} is off by {error:.0%} (causal={causal}, padding={mask is not None})"
+    return ""
