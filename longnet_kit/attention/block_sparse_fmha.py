@@ -1,10 +1,6 @@
 """Block-sparse attention by xformers' memory-efficient kernels (fmha), which know only block-diagonal biases.
 
-A pattern is taken apart into *pieces*, each one kernel call. In a piece, every query and every key is in at most one
-segment, and a segment's queries see all of its keys (in a causal piece, those up to their own). The pieces show each
-visible pair exactly once; their outputs are mixed by their softmax denominators. Staircases of blocks, which no bias
-describes, fall into log2 many pieces of rectangles.
-
+Each piece of the pattern (block_sparse_pieces) is a kernel call; their outputs are mixed by their softmax denominators.
 Backward calls the kernel with the mixed out and lse in place of the piece's own, so that the gradients add up to those
 of the one softmax, mixing weights included. Memory is O(N) beside q, k, v.
 
@@ -15,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longnet_kit.attention import block_sparse_tensor, padding
+from longnet_kit.attention.block_sparse_pieces import pieces
 from longnet_kit.attention.patterns import BlockSparse
 
 MAX_SEGMENTS = 65535
@@ -31,6 +29,9 @@ MAX_ELEMENTS = 2**31 - 1
 """Elements of q in one call: the kernels count in 32 bits."""
 DTYPES = (torch.float16, torch.bfloat16)
 """What both flash kernels take; the older ones that take float32 keep lse in a layout of their own."""
+
+Key = tuple[str, int, int, int]
+"""The arguments of a `BlockSparse`: what plans are kept by."""
 
 
 class Kernel(Protocol):
@@ -78,7 +79,7 @@ def attend(
                 f"one sequence of {tuple(q.shape[1:])} (seq, heads, head_dim) holds {q[0].numel()} elements; xformers' "
                 f"kernels take at most {MAX_ELEMENTS}: shorten it or split the heads over several devices"
             )
-        chunks = zip(*(x.split(rows) for x in (q, k, v)), strict=True)
+        chunks = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
         out = torch.cat([_attend(*chunk, pattern, causal, kernel, scale) for chunk in chunks])
     return out if key_padding_mask is None else padding.reveal(out, key_padding_mask)
 
@@ -87,7 +88,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, pattern: BlockSparse, causal: bool, kernel: Kernel, scale: float
 ) -> Tensor:
     batch, seq_len, heads, head_dim = q.shape
-    calls = plan(*_key(pattern), batch, seq_len, causal, q.device)
+    calls = plan(_key(pattern), batch, seq_len, causal, q.device)
     q, k, v = (_aligned(x).reshape(1, batch * seq_len, heads, head_dim) for x in (q, k, v))
     return _Merged.apply(q, k, v, calls, kernel, scale).view(batch, seq_len, heads, head_dim)  # type: ignore[union-attr]
 
@@ -142,107 +143,16 @@ class _Merged(torch.autograd.Function):
         return *(total.to(q.dtype) for total in totals), None, None, None
 
 
-class Segment(NamedTuple):
-    """Queries that see all of these keys; positions in one sequence."""
-
-    queries: range
-    keys: list[range]
-
-
-class Piece(NamedTuple):
-    """Disjoint segments. `causal`: the last query of a segment sees all keys, each one before it one key less."""
-
-    segments: list[Segment]
-    causal: bool
-
-
-def pieces(pattern: BlockSparse, seq_len: int, causal: bool) -> list[Piece]:
-    """Take a pattern apart: each visible pair of positions is in exactly one piece."""
-    split = _fixed if pattern.layout == "fixed" else _local
-    whole = [
-        Piece([Segment(queries, [keys for keys in ranges if keys]) for queries, ranges in piece.segments], piece.causal)
-        for piece in split(pattern, seq_len, causal)
-    ]
-    kept = [Piece([s for s in piece.segments if s.queries and s.keys], piece.causal) for piece in whole]
-    return [piece for piece in kept if piece.segments]
-
-
-def _fixed(pattern: BlockSparse, seq_len: int, causal: bool) -> Iterator[Piece]:
-    width = pattern.local_blocks * pattern.block_size
-    detail = width - pattern.summary_blocks * pattern.block_size  # a window's tokens before its summary
-    starts = range(0, seq_len, width)
-
-    def within(first: int, last: int) -> range:
-        return range(first, min(last, seq_len))
-
-    if not causal:
-        yield Piece([Segment(within(0, seq_len), [within(s + detail, s + width) for s in starts])], False)
-        yield Piece([Segment(within(s, s + width), [within(s, s + detail)]) for s in starts], False)
-        return
-    yield Piece([Segment(within(s, s + width), [within(s, s + width)]) for s in starts], True)
-    for level in staircase(len(starts)):
-        yield Piece(
-            [
-                Segment(
-                    within(later.start * width, later.stop * width),
-                    [within(i * width + detail, (i + 1) * width) for i in earlier],
-                )
-                for earlier, later in level
-            ],
-            False,
-        )
-
-
-def _local(pattern: BlockSparse, seq_len: int, causal: bool) -> Iterator[Piece]:
-    """Groups of `local_blocks` blocks. A block sees its own group, of the previous one the blocks whose place in the
-    group is after its own, and of the next one (unless causal) those whose place is before."""
-    size, width = pattern.block_size, pattern.local_blocks * pattern.block_size
-    groups = range(0, seq_len, width)
-
-    def within(group: int, places: range) -> range:
-        return range(group + places.start * size, min(group + places.stop * size, seq_len))
-
-    everything = range(pattern.local_blocks)
-    yield Piece([Segment(within(g, everything), [within(g, everything)]) for g in groups], causal)
-    for level in staircase(pattern.local_blocks):
-        back = [Segment(within(g, low), [within(g - width, high)]) for g in groups[1:] for low, high in level]
-        ahead = [Segment(within(g, high), [within(g + width, low)]) for g in groups[:-1] for low, high in level]
-        yield Piece(back if causal else back + ahead, False)
-
-
-def staircase(count: int) -> Iterator[list[tuple[range, range]]]:
-    """Every pair i < j below `count`, once, as rectangles (range of i, range of j), disjoint within each level.
-
-    A pair is at the level of the highest bit in which i and j differ.
-    """
-    size = 1
-    while size < count:
-        yield [
-            (range(low, low + size), range(low + size, min(low + 2 * size, count)))
-            for low in range(0, count - size, 2 * size)
-        ]
-        size *= 2
-
-
-def _key(pattern: BlockSparse) -> tuple[str, int, int, int]:
+def _key(pattern: BlockSparse) -> Key:
     return pattern.layout, pattern.block_size, pattern.local_blocks, pattern.summary_blocks
 
 
 @functools.lru_cache(maxsize=16)
-def plan(
-    layout: str,
-    block_size: int,
-    local_blocks: int,
-    summary_blocks: int,
-    batch: int,
-    seq_len: int,
-    causal: bool,
-    device: torch.device,
-) -> tuple[Call, ...]:
+def plan(key: Key, batch: int, seq_len: int, causal: bool, device: torch.device) -> tuple[Call, ...]:
     """The kernel calls for a batch of sequences laid end to end."""
     from xformers.ops.fmha import attn_bias
 
-    pattern = BlockSparse(layout, block_size, local_blocks, summary_blocks)  # type: ignore[arg-type]
+    pattern = BlockSparse(*key)  # type: ignore[arg-type]
     calls = []
     # A first call in inference mode must not leave tensors behind that training cannot save.
     with torch.inference_mode(False):
@@ -267,7 +177,7 @@ def _shift(positions: range, start: int) -> range:
 def _index(ranges: list[list[range]], device: torch.device) -> Tensor | slice:
     """All positions in order; a slice, which copies nothing, where they adjoin."""
     flat = [r for several in ranges for r in several]
-    if all(a.stop == b.start for a, b in zip(flat, flat[1:], strict=False)):
+    if all(a.stop == b.start for a, b in itertools.pairwise(flat)):
         return slice(flat[0].start, flat[-1].stop)
     return torch.cat([torch.arange(r.start, r.stop) for r in flat]).to(device)
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_kit import attention
 from longnet_kit.attention import block_sparse, block_sparse_fmha, block_sparse_tensor
+from longnet_kit.attention.block_sparse_pieces import pieces, staircase
 from longnet_kit.attention.patterns import BlockSparse
 from longnet_kit.testing import check_backend, run_checks
 from tests.attention.oracle import Problem, problem, problems
@@ -34,7 +35,10 @@ def block_patterns(draw: st.DrawFn, block_sizes: st.SearchStrategy[int]) -> Bloc
 
 def backend_of(pattern: BlockSparse) -> block_sparse.BlockSparseAttention:
     return block_sparse.BlockSparseAttention(
-        pattern.layout, pattern.block_size, pattern.local_blocks, pattern.summary_blocks
+        pattern.layout,  # type: ignore[arg-type]
+        pattern.block_size,
+        pattern.local_blocks,
+        pattern.summary_blocks,
     )
 
 
@@ -105,16 +109,8 @@ def test_biases_show_each_visible_pair_once(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_sparse_fmha, "MAX_SEGMENTS", most)
         block_sparse_fmha.plan.cache_clear()
-        calls = block_sparse_fmha.plan(
-            pattern.layout,
-            pattern.block_size,
-            pattern.local_blocks,
-            pattern.summary_blocks,
-            batch,
-            seq_len,
-            causal,
-            torch.device("cpu"),
-        )
+        key = (pattern.layout, pattern.block_size, pattern.local_blocks, pattern.summary_blocks)
+        calls = block_sparse_fmha.plan(key, batch, seq_len, causal, torch.device("cpu"))
         block_sparse_fmha.plan.cache_clear()
     for queries, keys, bias in calls:
         rows, columns = tokens[queries], tokens[keys]
@@ -129,15 +125,15 @@ def test_biases_show_each_visible_pair_once(
 
 
 def test_pieces_are_few() -> None:
-    assert len(block_sparse_fmha.pieces(BlockSparse("fixed", 64, 4, 1), 2**20, True)) == 1 + 12  # 4096 windows
-    assert len(block_sparse_fmha.pieces(BlockSparse("fixed", 64, 4, 1), 2**20, False)) == 2
-    assert len(block_sparse_fmha.pieces(BlockSparse("local", 64, 5), 2**20, False)) == 1 + 3
+    assert len(pieces(BlockSparse("fixed", 64, 4, 1), 2**20, True)) == 1 + 12  # 4096 windows
+    assert len(pieces(BlockSparse("fixed", 64, 4, 1), 2**20, False)) == 2
+    assert len(pieces(BlockSparse("local", 64, 5), 2**20, False)) == 1 + 3
 
 
 @given(st.integers(1, 70))
 def test_a_staircase_is_every_pair_once(count: int) -> None:
     seen = torch.zeros(count, count, dtype=torch.int32)
-    for level in block_sparse_fmha.staircase(count):
+    for level in staircase(count):
         for low, high in level:
             seen[high.start : high.stop, low.start : low.stop] += 1
     assert torch.equal(seen, torch.ones_like(seen).tril(-1))
@@ -164,7 +160,8 @@ def test_a_row_does_not_depend_on_what_it_cannot_see(layout: str, causal: bool) 
     other[1] *= 50
     if causal:
         other[0, 50:] *= 50
-    before, after = (backend(*x.unbind(2), causal=causal)[0] for x in (qkv, other))
+    (q, k, v), (other_q, other_k, other_v) = qkv.unbind(2), other.unbind(2)
+    before, after = backend(q, k, v, causal)[0], backend(other_q, other_k, other_v, causal)[0]
     assert torch.equal(before[: 50 if causal else None], after[: 50 if causal else None])
 
 
@@ -184,7 +181,7 @@ def test_every_dtype_is_as_good_as_its_rounding(layout: str, dtype: torch.dtype)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_runs_under_autocast_and_compile(compiled: bool, padded: bool) -> None:
-    backend = attention.build(SMALL)
+    backend = backend_of(BlockSparse("fixed", 16, 2, 1))
     run = torch.compile(backend, backend="aot_eager") if compiled else backend
     mask = torch.arange(50).expand(2, 50) < torch.tensor([[50], [9]]) if padded else None
     drawn = problem(2, 50, 2, 8, mask=mask)
@@ -193,7 +190,8 @@ def test_runs_under_autocast_and_compile(compiled: bool, padded: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         drawn.assert_matches(run, backend.pattern)
         qkv = drawn.qkv.float().requires_grad_()
-        out = run(*qkv.unbind(2), key_padding_mask=mask)
+        q, k, v = qkv.unbind(2)
+        out = run(q, k, v, key_padding_mask=mask)
     assert out.dtype == torch.bfloat16
     assert (out - drawn.outcome(backend)[0]).abs().max() < 0.04
     (grad,) = torch.autograd.grad(out.sum(), qkv)
@@ -433,7 +431,7 @@ def test_without_xformers_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     q = torch.zeros(1, 4, 1, 8)
     try:
         backend = attention.build(SMALL)  # building needs no xformers
-        with pytest.raises(ValueError, match="cannot import xformers.sparse .*pip install xformers"):
+        with pytest.raises(ValueError, match=r"cannot import xformers.sparse .*pip install xformers"):
             backend(q, q, q)
     finally:
         block_sparse_tensor.problem.cache_clear()
