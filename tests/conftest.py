@@ -1,0 +1,44 @@
+"""What all tests share: threads, hypothesis' settings, the `gpu` marker, and a token cache that is thrown away."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Before torch is imported, and inherited by the processes that tests start. The workers of one machine share its cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples in every run. `--hypothesis-profile random` looks for new ones.
+settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("repeatable")
+
+CACHE = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Point the token cache at a new folder, one for all workers of the run: they inherit the environment."""
+    if not hasattr(config, "workerinput"):
+        config.stash[CACHE] = os.environ["LONGNET_CACHE"] = tempfile.mkdtemp(prefix="longnet_kit_tests_")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the token cache of this run."""
+    if CACHE in config.stash:
+        shutil.rmtree(config.stash[CACHE], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
