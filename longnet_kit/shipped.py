@@ -44,5 +44,5 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     if name in shipped:
         return recipes_dir() / (name + SUFFIX)
     if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder, expected a recipe file ({SUFFIX}) or the name of a shipped recipe")
+        raise ValueError(f"{str(path)!r} is a folder; expected a recipe file or the name of a shipped recipe")
     raise ValueError(f"no recipe {str(path)!r}: neither a file nor a shipped recipe; {typed.suggestion(name, shipped)}")
