@@ -41,7 +41,7 @@ class Throughput(Callback):
         self._tokens = 0
         self._first_step = 0
         self._paused = 0.0
-        self._pause_began = 0.0
+        self._pause_began: float | None = None
         self._flops_per_token: float | None = None
         self._peak: float | None = None
 
@@ -51,7 +51,7 @@ class Throughput(Callback):
         if flops is not None:
             self._flops_per_token = 3 * flops / model.seq_len
             self._peak = trainer.world_size * peak_flops(pl_module.device, compute_dtype(str(trainer.precision)))
-        self._tokens, self._paused, self._first_step = 0, 0.0, trainer.global_step
+        self._tokens, self._paused, self._pause_began, self._first_step = 0, 0.0, None, trainer.global_step
         self._moments.clear()
         self._moments.append(self._now(pl_module))
 
@@ -72,8 +72,10 @@ class Throughput(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause_began = _clock(pl_module.device)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._paused += _clock(pl_module.device) - self._pause_began
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._pause_began is not None:  # only here, since what other callbacks make of a validation is none of training
+            self._paused += _clock(pl_module.device) - self._pause_began
+            self._pause_began = None
 
     def _rates(self) -> dict[str, float]:
         first, last = self._moments[0], self._moments[-1]

@@ -103,7 +103,7 @@ class XPos(Rope):
     def _halves(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = super()._halves(positions)
         gamma = (_pairs(self.head_dim, positions.device) / self.head_dim + XPOS_OFFSET) / (1 + XPOS_OFFSET)
-        exponent = (positions.double()[..., None] - self.centre) / XPOS_SCALE_BASE
+        exponent = (positions.double() - self.centre) / XPOS_SCALE_BASE
         query_and_key = torch.stack((exponent, -exponent), dim=-1)  # (..., N, 2)
         factor = gamma ** query_and_key[..., None]
         return cos * factor, sin * factor

@@ -20,21 +20,20 @@ def build(options: recipe.Optimizer, model: nn.Module) -> Optimizer:
 
     Weight decay is for matrices only: biases and layer norms have none. The embedding, which is the head too, is one of
     the matrices. `adam` adds the decay to the gradient, `adamw` decouples it; `sgd` has no momentum and ignores the betas.
+    None is fused: Lightning refuses to clip gradients of a fused one under mixed precision.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    # torch chooses well on an accelerator, but on the CPU it loops over parameters unless told to fuse.
-    fused = True if all(p.device.type == "cpu" for p in parameters) else None
     if options.name == "sgd":
-        return torch.optim.SGD(groups, lr=options.lr, fused=fused)
+        return torch.optim.SGD(groups, lr=options.lr)
     kinds: dict[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
     if options.name not in kinds:
         raise ValueError(f"the optimizer is {options.name!r}, expected 'adamw', 'adam' or 'sgd'")
     beta1, beta2 = options.betas
-    return kinds[options.name](groups, lr=options.lr, betas=(beta1, beta2), fused=fused)
+    return kinds[options.name](groups, lr=options.lr, betas=(beta1, beta2))
 
 
 def schedule(options: recipe.Optimizer, optimizer: Optimizer, max_steps: int) -> LambdaLR:
