@@ -48,7 +48,7 @@ class Range:
 
     def __str__(self) -> str:
         bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
-        return " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
+        return " and ".join(f"{words} {bound:.10g}" for words, bound in bounds.items() if bound is not None)
 
 
 def suggestion(word: str, choices: Iterable[str]) -> str:
@@ -83,7 +83,9 @@ def value_problems(value: Any, annotation: Annotation, key: str) -> list[Problem
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return []
         if isinstance(value, str) and all(isinstance(choice, str) for choice in arguments):
-            return [Problem(key, f"got {value!r}, expected {describe(annotation)}; {suggestion(value, arguments)}")]
+            near = difflib.get_close_matches(value, arguments, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            return [Problem(key, f"got {value!r}, expected {describe(annotation)}{hint}")]
         return [_mismatch(value, annotation, key)]
     if dataclasses.is_dataclass(annotation):
         if not isinstance(value, Mapping):

@@ -1,0 +1,273 @@
+"""The recipe of an experiment: typed defaults <- what it extends <- its file <- the command line's key.path=value.
+
+Mappings merge, lists replace, later layers win; a layer that changes a selector (`model.attention.backend`, `data.source`,
+`strategy.name`) starts that mapping afresh. Everything wrong in any layer is told at once, with the line it stands in,
+before anything is built. Importing this imports neither torch nor Lightning; loading a recipe does.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longnet_kit import plugins, recipe_files, shipped, typed
+from longnet_kit.recipe_files import Layer, Problem
+from longnet_kit.recipe_schema import (
+    SECTIONS,
+    SELECTORS,
+    Checkpoint,
+    Data,
+    Model,
+    Optimizer,
+    Recipe,
+    Strategy,
+    names,
+)
+
+__all__ = [
+    "Checkpoint", "Data", "Model", "Optimizer", "Recipe", "RecipeError", "Strategy", "dumps", "load", "parse_options",
+    "save", "to_dict",
+]  # fmt: skip
+
+Values = dict[str, Any]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; `problems` are all reasons, and the message has each on a line of its own."""
+
+    def __init__(self, subject: str, problems: Sequence[Problem | typed.Problem]) -> None:
+        self.problems = list(problems)
+        lines = [str(problem) for problem in self.problems]
+        super().__init__(lines[0] if len(lines) == 1 else "\n  ".join([f"{subject}: {len(lines)} problems", *lines]))
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, merge and check a recipe.
+
+    Args:
+        path: a YAML file, or the name of a shipped recipe, like `quickstart` or `paper/longnet_32k`.
+        overrides: `key.path=value` items, values in YAML.
+
+    Returns:
+        The complete recipe; `notes` says what was adapted.
+
+    Raises:
+        RecipeError: the file cannot be read, or keys are unknown, mistyped, out of range or at odds with each other.
+    """
+    file = _find(path)
+    subject = str(path)
+    dotlist, problems = recipe_files.parse_dotlist(overrides)
+    files, found, complete = recipe_files.read_chain(file)
+    problems = found + problems
+    if not complete:
+        raise RecipeError(subject, problems)
+    layers = [*files, dotlist]
+    merged = reduce(overlay, (layer.values for layer in layers), defaults())
+    merged, wrong = _interpolate(merged)
+    wrong += _import(merged, layers)
+
+    from longnet_kit import recipe_checks  # torch and Lightning, in whose classes the allowed keys are written
+
+    wrong += recipe_checks.problems(merged)
+    problems += [_place(problem, layers, file) for problem in _first_of_each_key(wrong)]
+    if problems:
+        raise RecipeError(subject, problems)
+    return _clip(_construct(recipe_checks.choices(merged)))
+
+
+def parse_options(items: Sequence[str]) -> Values:
+    """`key=value` items as a nested mapping, its `imports` imported and taken out.
+
+    Raises:
+        RecipeError: an item is malformed, or an import fails.
+    """
+    layer, problems = recipe_files.parse_dotlist(items)
+    wrong = _import(layer.values, [layer])
+    if problems or wrong:
+        raise RecipeError("options", [*problems, *(_place(problem, [layer], None) for problem in wrong)])
+    layer.values.pop("imports", None)
+    return layer.values
+
+
+def to_dict(recipe: Recipe) -> Values:
+    """The recipe as plain nested mappings, laid out as in YAML."""
+    values = {key: copy.deepcopy(getattr(recipe, key)) for key in names(Recipe) if key not in SECTIONS}
+    for section, cls in SECTIONS.items():
+        values[section] = {key: copy.deepcopy(getattr(getattr(recipe, section), key)) for key in names(cls)}
+    values["data"] |= copy.deepcopy(recipe.data.options)
+    values["optimizer"]["betas"] = list(recipe.optimizer.betas)
+    return {key: values[key] for key in names(Recipe)}
+
+
+def dumps(recipe: Recipe) -> str:
+    """The recipe as YAML that `load` reads back as it is."""
+    return yaml.dump(_escape(to_dict(recipe)), Dumper=recipe_files.Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def save(recipe: Recipe, path: str | Path) -> None:
+    """Write the recipe as a YAML file."""
+    Path(path).write_text(dumps(recipe), encoding="utf-8", newline="\n")
+
+
+def defaults() -> Values:
+    """The typed defaults: the lowest layer of every recipe. The name has none."""
+    return {key: value for key, value in to_dict(Recipe(name="")).items() if key != "name"}
+
+
+def overlay(below: Values, above: Values, path: str = "") -> Values:
+    """`above` over `below`: mappings merge, everything else replaces; a changed selector drops what is below."""
+    selector = SELECTORS.get(path)
+    if selector is not None and selector in above and above[selector] != below.get(selector):
+        below = _at(defaults(), path)
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict):
+            old = merged.get(key)
+            merged[key] = overlay(old if isinstance(old, dict) else {}, value, typed.join(path, key))
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _at(values: Values, path: str) -> Values:
+    """The mapping at a dotted path; empty when there is none."""
+    for key in path.split("."):
+        values = values.get(key, {})
+    return values
+
+
+def _find(path: str | Path) -> Path:
+    try:
+        return shipped.find(path)
+    except ValueError as error:
+        if Path(path).is_dir():
+            return Path(path)  # told of when it is read
+        raise RecipeError(str(path), [Problem("", "", str(error))]) from error
+
+
+def _import(merged: Values, layers: Iterable[Layer]) -> list[typed.Problem]:
+    """Import the plug-ins; in `merged`, name them so that they are found from the run directory too."""
+    entries = merged.get("imports")
+    if not isinstance(entries, list):
+        return []
+    folders = [layer.folder for layer in reversed(list(layers)) if layer.folder is not None]
+    problems: list[typed.Problem] = []
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, str):
+            continue
+        try:
+            entries[i] = plugins.load(entry, folders)
+        except ValueError as error:
+            problems.append(typed.Problem(f"imports[{i}]", str(error)))
+    return problems
+
+
+def _interpolate(values: Values) -> tuple[Values, list[typed.Problem]]:
+    """Replace `${key.path}` by what stands there; what cannot be replaced becomes null and a problem."""
+    if "${" not in repr(values):
+        return values, []
+    from omegaconf import Container, DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    problems: list[typed.Problem] = []
+
+    def complain(key: str, error: object) -> None:
+        reason = str(error).splitlines()[0]
+        message = f"{reason}; ${{key.path}} stands for another key of the recipe, and \\${{ for the characters themselves"
+        problems.append(typed.Problem(key, message))
+
+    def well_formed(value: Any, key: str) -> Any:
+        if isinstance(value, dict):
+            return {name: well_formed(item, typed.join(key, name)) for name, item in value.items()}
+        if isinstance(value, list):
+            return [well_formed(item, f"{key}[{i}]") for i, item in enumerate(value)]
+        try:
+            OmegaConf.create([value])
+        except OmegaConfBaseException as error:
+            complain(key, f"got {value!r}: {error}")
+            return None
+        return value
+
+    def resolved(container: Any, name: str | int, key: str) -> Any:
+        try:
+            value = container[name]
+        except (OmegaConfBaseException, RecursionError) as error:
+            complain(key, error)
+            return None
+        if not isinstance(value, Container):
+            return value
+        if isinstance(value, DictConfig):
+            return {str(n): resolved(value, n, typed.join(key, str(n))) for n in value}
+        return [resolved(value, i, f"{key}[{i}]") for i in range(len(value))]
+
+    config = OmegaConf.create(well_formed(values, ""))
+    return {str(name): resolved(config, name, str(name)) for name in config}, problems
+
+
+def _escape(value: Any) -> Any:
+    """Keep `${` in text from being read as an interpolation."""
+    if isinstance(value, dict):
+        return {key: _escape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escape(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _first_of_each_key(problems: Iterable[typed.Problem]) -> list[typed.Problem]:
+    """One problem per key: a value that could not be resolved or read is not to be told of as null too."""
+    first: dict[str, typed.Problem] = {}
+    for problem in problems:
+        first.setdefault(problem.key, problem)
+    return list(first.values())
+
+
+def _place(problem: typed.Problem, layers: Sequence[Layer], file: Path | None) -> Problem:
+    """Add where the key stands: in the highest layer that has it, or has a mapping or list around it.
+
+    What is missing is asked for by the selector beside it.
+    """
+    key = problem.key
+    if problem.message.startswith("missing"):
+        section = key.rpartition(".")[0]
+        key = typed.join(section, SELECTORS[section]) if section in SELECTORS else ""
+    while key:
+        for layer in reversed(layers):
+            if key in layer.places:
+                return Problem(problem.key, layer.places[key], problem.message)
+        key = re.sub(r"(\.[^.\[]*|\[\d+\]|^[^.\[]*)$", "", key)
+    return Problem(problem.key, recipe_files.show(file) if file else "", problem.message)
+
+
+def _construct(values: Values) -> Recipe:
+    """The typed recipe, from values that were checked."""
+    sections: dict[str, Any] = {}
+    for name, cls in SECTIONS.items():
+        known = names(cls)
+        sections[name] = {key: value for key, value in values[name].items() if key in known}
+    options = {key: value for key, value in values["data"].items() if key not in names(Data)}
+    sections["data"]["options"] = options
+    sections["optimizer"]["betas"] = tuple(sections["optimizer"]["betas"])
+    rest = {key: value for key, value in values.items() if key not in SECTIONS}
+    return Recipe(**(rest | {name: cls(**sections[name]) for name, cls in SECTIONS.items()} | {"extends": None}))
+
+
+def _clip(recipe: Recipe) -> Recipe:
+    """Fit what a lower max_steps or seq_len has outrun, and note it."""
+    max_steps, seq_len = recipe.trainer["max_steps"], recipe.data.seq_len
+    optimizer, data = recipe.optimizer, recipe.data
+    notes: list[str] = []
+    if optimizer.warmup_steps > max_steps:
+        notes.append(f"optimizer.warmup_steps {optimizer.warmup_steps} clipped to trainer.max_steps {max_steps}")
+        optimizer = dataclasses.replace(optimizer, warmup_steps=max_steps)
+    if any(context > seq_len for context in data.eval_contexts):
+        contexts = list(dict.fromkeys(min(context, seq_len) for context in data.eval_contexts))
+        notes.append(f"data.eval_contexts {data.eval_contexts} clipped to {contexts} by data.seq_len {seq_len}")
+        data = dataclasses.replace(data, eval_contexts=contexts)
+    return dataclasses.replace(recipe, optimizer=optimizer, data=data, notes=notes)

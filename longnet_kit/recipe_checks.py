@@ -1,0 +1,288 @@
+"""What is wrong with the merged keys of a recipe: unknown, mistyped, out of range, at odds with each other.
+
+Every check adds to one list. Registries and Lightning are imported here, lazily, since their classes say what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longnet_kit import recipe_schema as schema
+from longnet_kit import typed
+from longnet_kit.typed import Problem, join
+
+if TYPE_CHECKING:
+    from longnet_kit.registry import Registry
+
+Values = dict[str, Any]
+
+OTHER_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "hidden_size": "model.dim",
+    "d_model": "model.dim",
+    "context_length": "data.seq_len",
+    "epochs": "trainer.max_steps",
+}
+"""What some keys are called elsewhere."""
+
+
+def problems(values: Values) -> list[Problem]:
+    """Everything wrong with the keys of a recipe, `values` being nested and with the typed defaults filled in."""
+    known = _known(values)
+    found: list[Problem] = []
+    found += _function_problems(schema.Recipe, _without(values, schema.SECTIONS, "trainer"), "", known, _is_top_level)
+    for name, section in schema.SECTIONS.items():
+        mapping = values.get(name)
+        if not isinstance(mapping, dict):
+            found.append(Problem(name, f"got {mapping!r}, expected a mapping; leave {name} out for its defaults"))
+        elif name == "data":
+            own = {key: value for key, value in mapping.items() if key in schema.names(section)}
+            found += _function_problems(section, own, name, known)
+        else:
+            found += _function_problems(section, mapping, name, known)
+    found += _trainer_problems(values.get("trainer"), known)
+    found += _plugin_problems(values, known)
+    # How keys go together is only worth saying of keys that are right by themselves.
+    wrong = {re.sub(r"\[.*", "", problem.key) for problem in found}
+    return found + [p for keys, p in _cross_problems(values) if not any(_within(key, wrong) for key in keys)]
+
+
+def choices(values: Values) -> Values:
+    """`values` with the defaults of the chosen attention backend and data source written out."""
+    from longnet_kit import attention, data
+
+    filled = dict(values)
+    for name, registry, mapping in (
+        ("attention", attention.registry, values["model"]["attention"]),
+        ("data", data.registry, values["data"]),
+    ):
+        parameters = inspect.signature(registry.get(mapping[registry.selector])).parameters.values()
+        defaults = {p.name: _plain(p.default) for p in parameters if p.default is not p.empty}
+        complete = mapping | {key: value for key, value in defaults.items() if key not in mapping and value is not ...}
+        if name == "data":
+            filled["data"] = complete
+        else:
+            filled["model"] = values["model"] | {"attention": complete}
+    return filled
+
+
+def _plain(value: Any) -> Any:
+    """A default as YAML can hold it; `...` when it cannot."""
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item) for item in value]
+        return ... if ... in items else items
+    return value if value is None or isinstance(value, (bool, int, float, str)) else ...
+
+
+def _function_problems(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    key: str,
+    known: Iterable[str],
+    admits: Callable[[str], bool] = lambda name: name not in ("options", "notes"),
+) -> list[Problem]:
+    """As `typed.argument_problems`, but what an unknown key may have meant is searched in the whole recipe."""
+    parameters = inspect.signature(function).parameters
+    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    fitting = {name: value for name, value in arguments.items() if free or (name in parameters and admits(name))}
+    unknown = [name for name in arguments if name not in fitting]
+    return [Problem(join(key, name), f"unknown key; {_meant(join(key, name), known)}") for name in unknown] + (
+        typed.argument_problems(function, fitting, key)
+    )
+
+
+def _trainer_problems(trainer: Any, known: Iterable[str]) -> list[Problem]:
+    from lightning import Trainer
+
+    if not isinstance(trainer, dict):
+        return [Problem("trainer", f"got {trainer!r}, expected a mapping that has at least max_steps")]
+    found = [
+        Problem(f"trainer.{name}", f"a recipe cannot set it: {why}")
+        for name, why in schema.TRAINER_REFUSED.items()
+        if name in trainer
+    ]
+    for name in trainer.keys() & schema.TRAINER_TYPES.keys():
+        found += typed.value_problems(trainer[name], schema.TRAINER_TYPES[name], f"trainer.{name}")
+    if "max_steps" not in trainer:
+        found.append(Problem("trainer.max_steps", "missing; expected a whole number at least 1, the length of the run"))
+    rest = _without(trainer, schema.TRAINER_REFUSED, *schema.TRAINER_TYPES)
+    return found + _function_problems(Trainer, rest, "trainer", known)
+
+
+def _plugin_problems(values: Values, known: Iterable[str]) -> list[Problem]:
+    """Of what registered classes decide: the task, the attention backend, the data source."""
+    from longnet_kit import attention, data, tasks
+
+    found: list[Problem] = []
+    task = values.get("task")
+    if isinstance(task, str) and task not in tasks.registry.names():
+        found.append(Problem("task", f"got {task!r}; {typed.suggestion(task, tasks.registry.names())}"))
+    config = _section(values, "model").get("attention")
+    if isinstance(config, dict):
+        wrong = _registered_problems(attention.registry, config, "model.attention", known)
+        found += wrong or _construction_problems(lambda: attention.build(config), "model.attention")
+    source = _section(values, "data")
+    if isinstance(source.get("source"), str):
+        options = _without(source, [n for n in schema.names(schema.Data) if n != "source"])
+        found += _registered_problems(data.registry, options, "data", known)
+    return found
+
+
+def _registered_problems(registry: Registry[Any], config: Values, key: str, known: Iterable[str]) -> list[Problem]:
+    name = config.get(registry.selector)
+    if not isinstance(name, str) or name not in registry.names():
+        given = "missing" if name is None else f"got {name!r}, which is no {registry.kind}"
+        hint = typed.suggestion(str(name), registry.names())
+        return [Problem(join(key, registry.selector), f"{given}; {hint}")]
+    return _function_problems(registry.get(name), _without(config, [registry.selector]), key, known)
+
+
+def _construction_problems(construct: Callable[[], Any], key: str) -> list[Problem]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # building the model says it again
+        try:
+            construct()
+        except ValueError as error:
+            return [Problem(key, str(error))]
+    return []
+
+
+def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
+    """Of keys that do not go together: which ones are involved, the first of them named by the problem."""
+    found: list[tuple[tuple[str, ...], Problem]] = []
+
+    def check(wrong: bool, message: str, *keys: str) -> None:
+        if wrong:
+            found.append((keys, Problem(keys[0], message)))
+
+    model, data, strategy = (_section(values, name) for name in ("model", "data", "strategy"))
+    name = values.get("name")
+    if isinstance(name, str):
+        fits = re.fullmatch(r"\w[\w.+-]{0,99}", name) and ".." not in name
+        allowed = "it names a folder: letters, digits, and . + - _ after the first, at most 100 of them"
+        check(not fits, f"got {name!r}; {allowed}", "name")
+    check("\n" in str(values.get("description", "")), "has several lines, expected one", "description")
+    dim, heads, positions = model.get("dim"), model.get("heads"), model.get("positions")
+    if _all_counts(dim, heads):
+        rest = f"with model.heads: {heads}; dim must be a multiple of heads, {_multiples(dim, heads)}"
+        check(dim % heads != 0, f"got {dim} {rest}", "model.dim", "model.heads")
+        odd = dim % heads == 0 and dim // heads % 2 == 1 and positions in ("rope", "xpos")
+        remedy = "choose dim and heads so that dim / heads is even, or positions: none"
+        check(
+            odd,
+            f"got {positions!r}, which turns pairs of dimensions, but heads have {dim // heads} (dim {dim} / heads {heads}); {remedy}",
+            "model.positions",
+            "model.dim",
+            "model.heads",
+        )
+    acausal = model.get("causal") is False
+    xpos = "got 'xpos' with model.causal: false; xpos decays with distance only towards earlier tokens: use rope or none"
+    check(acausal and positions == "xpos", xpos, "model.positions", "model.causal")
+    told = "got false, but language_modeling predicts the next token, which such a model sees; set it to true"
+    check(acausal and values.get("task") == "language_modeling", told, "model.causal", "task")
+    contexts = data.get("eval_contexts")
+    if isinstance(contexts, list):
+        twice = sorted({c for c in contexts if isinstance(c, int) and contexts.count(c) > 1})
+        check(bool(twice), f"got {contexts}, in which {twice} stand twice; list each length once", "data.eval_contexts")
+    found += _strategy_problems(strategy, _section(values, "trainer"))
+    for key in ("init_from", "resume"):
+        path = values.get(key)
+        if isinstance(path, str) and not (key == "resume" and path == "auto"):
+            other = "null, auto or " if key == "resume" else "null or "
+            message = f"got {path!r}, but nothing is there; expected {other}a run directory or a checkpoint"
+            check(not path or not Path(path).exists(), message, key)
+    both = values.get("init_from") is not None and values.get("resume") not in (None, "auto")
+    check(both, "a resumed run has its weights already; leave out one of init_from and resume", "init_from", "resume")
+    return found
+
+
+def _strategy_problems(strategy: Values, trainer: Values) -> list[tuple[tuple[str, ...], Problem]]:
+    found: list[tuple[tuple[str, ...], Problem]] = []
+    name, size, devices = strategy.get("name"), strategy.get("sequence_parallel_size"), trainer.get("devices")
+    if isinstance(name, str) and name not in schema.STRATEGIES:
+        hint = typed.suggestion(name, schema.STRATEGIES)
+        return [(("strategy.name",), Problem("strategy.name", f"got {name!r}; {hint}"))]
+    key = "strategy.sequence_parallel_size"
+    if not isinstance(name, str) or not _all_counts(size) or size == 1:
+        return found
+    if not name.startswith("sequence_parallel"):
+        message = f"got {size} with strategy.name: {name}, which does not divide sequences; set it to 1"
+        able = [s for s in schema.STRATEGIES if s.startswith("sequence_parallel")]
+        message += f", or strategy.name to {' or '.join(able)}" if able else ""
+        found.append(((key, "strategy.name"), Problem(key, message)))
+    elif _all_counts(devices) and devices * trainer.get("num_nodes", 1) % size:
+        message = f"got {size}, which does not divide the {devices * trainer.get('num_nodes', 1)} devices"
+        found.append(((key, "trainer.devices", "trainer.num_nodes"), Problem(key, message)))
+    return found
+
+
+def _known(values: Values) -> list[str]:
+    """Every key that this recipe could have, as dotted paths."""
+    from lightning import Trainer
+
+    from longnet_kit import attention, data
+
+    paths = schema.names(schema.Recipe)
+    for name, section in schema.SECTIONS.items():
+        paths += [join(name, key) for key in schema.names(section)]
+    arguments = inspect.signature(Trainer).parameters
+    paths += [join("trainer", key) for key in arguments if key not in schema.TRAINER_REFUSED]
+    for registry, key, config in (
+        (attention.registry, "model.attention", _section(values, "model").get("attention")),
+        (data.registry, "data", _section(values, "data")),
+    ):
+        name = config.get(registry.selector) if isinstance(config, dict) else None
+        taken = inspect.signature(registry.get(name)).parameters if name in registry.names() else ()
+        paths += [join(key, option) for option in (registry.selector, *taken)]
+    return list(dict.fromkeys(paths))
+
+
+def _meant(path: str, known: Iterable[str]) -> str:
+    """A hint at the key that a misspelled or misplaced one is nearest to."""
+    section, _, name = path.rpartition(".")
+    if name in OTHER_NAMES:
+        return f"did you mean {OTHER_NAMES[name]}?"
+    scores: dict[str, float] = {}
+    for other in known:
+        home, _, key = other.rpartition(".")
+        alike = difflib.SequenceMatcher(None, name.lower().replace("-", "_"), key).ratio()
+        near = home == section
+        if alike >= (0.6 if near else 0.75):
+            scores[other] = alike + (0.1 if near else 0)
+    if scores:
+        return f"did you mean {max(scores, key=lambda other: scores[other])}?"
+    here = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+    return f"known{f' in {section}' if section else ''}: {', '.join(sorted(here))}" if here else "nothing is allowed here"
+
+
+def _multiples(dim: int, heads: int) -> str:
+    below = dim // heads * heads
+    return f"like {below} or {below + heads}" if below else f"like {heads}"
+
+
+def _all_counts(*values: Any) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) and value >= 1 for value in values)
+
+
+def _is_top_level(name: str) -> bool:
+    return name != "notes"
+
+
+def _within(key: str, wrong: set[str]) -> bool:
+    return any(key == other or key.startswith(f"{other}.") for other in wrong)
+
+
+def _section(values: Values, name: str) -> Values:
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _without(values: Mapping[str, Any], names: Iterable[str], *more: str) -> Values:
+    dropped = {*names, *more}
+    return {key: value for key, value in values.items() if key not in dropped}
