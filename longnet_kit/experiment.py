@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from longnet_kit import callbacks, data, model, recipe, runs, tasks
+from longnet_kit import callbacks, data, model, recipe, resume, runs, tasks, weights
 from longnet_kit.data import tokenizers
 from longnet_kit.recipe import Recipe
 
@@ -40,38 +40,12 @@ def build_task(r: Recipe) -> LightningModule:
     """
     precision = str(r.trainer.get("precision", "32-true"))
     vocab_size = tokenizers.build(r.data.tokenizer).vocab_size
-    network = model.build(r.model, vocab_size, r.data.seq_len, dtype=_compute_dtype(precision))
+    network = model.build(r.model, vocab_size, r.data.seq_len, dtype=model.compute_dtype(precision))
     task_class = tasks.registry.get(r.task)
     task = task_class(network, r.optimizer, max_steps=r.trainer["max_steps"], eval_contexts=r.data.eval_contexts)
     if r.init_from is not None:
-        load_weights(network, Path(r.init_from))
+        weights.load(network, Path(r.init_from))
     return task
-
-
-def load_weights(network: torch.nn.Module, source: Path) -> None:
-    """Load a network's weights, and nothing else, from a run directory or a checkpoint.
-
-    Raises:
-        ValueError: nothing is there, or the first parameters that do not fit are named.
-    """
-    path = source if source.is_file() else runs.checkpoint(runs.find(source))
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    except Exception as error:  # a broken file can fail in any way that unpickling can
-        raise ValueError(f"init_from: {path} is not a checkpoint of this kit ({error})") from error
-    weights = {key.removeprefix("model."): value for key, value in saved.items() if key.startswith("model.")}
-    own = network.state_dict()
-    misfits = [
-        f"{key} is {tuple(weights[key].shape)} there and {tuple(own[key].shape)} here"
-        if key in weights and key in own
-        else f"{key} is only {'there' if key in weights else 'here'}"
-        for key in dict.fromkeys((*own, *weights))
-        if key not in weights or key not in own or weights[key].shape != own[key].shape
-    ]
-    if misfits:
-        more = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        raise ValueError(f"init_from: the weights in {path} do not fit this model: {'; '.join(misfits[:3])}{more}")
-    network.load_state_dict(weights)
 
 
 def run(r: Recipe) -> Path:
@@ -85,8 +59,8 @@ def run(r: Recipe) -> Path:
     """
     for note in r.notes:
         _say(f"note: {note}")
-    directory, ckpt = _resume(r)
-    if directory is not None and _is_finished(directory, r):
+    directory, ckpt = resume.find(r)
+    if directory is not None and resume.is_finished(directory, r):
         _say(f"{directory} has finished its {r.trainer['max_steps']} steps; raise trainer.max_steps to train it on")
         return directory
     seed_everything(r.seed, workers=True, verbose=False)
@@ -128,7 +102,7 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
     datamodule.setup(which)
     task = build_task(r)
     trainer = _trainer(r, logger=False, callbacks=[callbacks.progress_bar()])
-    load_weights(task.model, ckpt)  # type: ignore[arg-type]
+    weights.load(task.model, ckpt)  # type: ignore[arg-type]
     with _lightning_errors():
         results: dict[str, float] = {}
         for metrics in getattr(trainer, which)(task, datamodule=datamodule, verbose=False):
@@ -141,8 +115,6 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
 
 def show(r: Recipe) -> str:
     """The resolved recipe, the parameter count and the FLOPs per token, as text. No weight is allocated."""
-    import yaml
-
     with torch.device("meta"):
         network = build_task(_without_weights(r)).model
     parameters = sum(p.numel() for p in network.parameters())  # type: ignore[union-attr]
@@ -151,9 +123,11 @@ def show(r: Recipe) -> str:
     per_token = "unknown: the attention backend does not count its FLOPs"
     if flops is not None:
         forward = flops / r.data.seq_len
-        per_token = f"{_si(forward)} forward, {_si(3 * forward)} in training (matrix products, {r.data.seq_len:,} tokens)"
+        per_token = (
+            f"{_si(forward)} forward, {_si(3 * forward)} in training (matrix products, {r.data.seq_len:,} tokens)"
+        )
     lines = [
-        yaml.safe_dump(recipe.to_dict(r), sort_keys=False, allow_unicode=True).rstrip(),
+        recipe.dumps(r).rstrip(),
         "",
         f"parameters       {parameters:,} ({_si(parameters)}; {_si(parameters - embedding)} without the embedding)",
         f"FLOPs per token  {per_token}",
@@ -165,7 +139,7 @@ def _fit(r: Recipe, task: LightningModule, datamodule: LightningDataModule, dire
     """Train, and leave a checkpoint and a summary behind whatever happens."""
     first_step = 0 if ckpt is None else int(torch.load(ckpt, map_location="cpu", weights_only=True)["global_step"])
     last_values = callbacks.LastValues()
-    loggers = _loggers(r, directory, first_step, resumed=ckpt is not None) + [last_values]
+    loggers = [*_loggers(r, directory, first_step, resumed=ckpt is not None), last_values]
     saving = ModelCheckpoint(
         dirpath=directory / runs.CHECKPOINTS,
         filename="step_{step:08d}",
@@ -215,7 +189,9 @@ def _loggers(r: Recipe, directory: Path, first_step: int, resumed: bool) -> list
     if rank_zero_only.rank == 0:
         earlier = runs.metrics_until(directory, first_step) if resumed else []
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Experiment logs directory")  # it holds the recipe, and the rows kept here
+            warnings.filterwarnings(
+                "ignore", "Experiment logs directory"
+            )  # it holds the recipe, and the rows kept here
             table.experiment.metrics.extend(earlier)
         callbacks.log_hyper_parameters(board, recipe.to_dict(r))
     return [board, table]
@@ -230,63 +206,7 @@ def _trainer(r: Recipe, **own: Any) -> Trainer:
         arguments["val_check_interval"] = min(arguments["val_check_interval"], batches)
     strategy = "auto" if r.strategy.name == "auto" else r.strategy.name
     with _lightning_errors(), warnings.catch_warnings():
-        return Trainer(
-            **arguments, strategy=strategy, use_distributed_sampler=False, enable_model_summary=False, **own
-        )
-
-
-FREE_ON_RESUME = (("trainer", "max_steps"), ("trainer", "devices"), ("strategy",), ("checkpoint",))
-"""What may differ from the saved recipe when a run is resumed; `resume` itself and the words about it aside."""
-
-
-def _resume(r: Recipe) -> tuple[Path | None, Path | None]:
-    """Where to go on: the run directory (None for a new one) and the checkpoint (None for a start from scratch)."""
-    if r.resume is None:
-        return None, None
-    if r.resume == "auto":
-        saved = [d for d in runs.versions(r.name) if (d / runs.RECIPE).is_file()]
-        if not saved:
-            return None, None
-        _check_same(r, saved[-1])
-        has_checkpoint = any((saved[-1] / runs.CHECKPOINTS).glob("step_*.ckpt"))
-        return saved[-1], runs.checkpoint(saved[-1]) if has_checkpoint else None
-    path = Path(r.resume)
-    ckpt = path if path.is_file() else runs.checkpoint(runs.find(path))
-    run_directory = ckpt.parent.parent
-    if (run_directory / runs.RECIPE).is_file():
-        _check_same(r, run_directory)
-    return None, ckpt
-
-
-def _is_finished(directory: Path, r: Recipe) -> bool:
-    if runs.read_summary(directory).get("status") != "finished":
-        return False
-    return recipe.load(directory / runs.RECIPE).trainer["max_steps"] >= r.trainer["max_steps"]
-
-
-def _check_same(r: Recipe, run_directory: Path) -> None:
-    """Refuse to resume a run under a recipe that would make it another experiment."""
-    saved, now = (_flat(recipe.to_dict(x)) for x in (recipe.load(run_directory / runs.RECIPE), r))
-    free = ("resume", "name", "description", "extends", *(".".join(key) for key in FREE_ON_RESUME))
-    changed = [
-        f"{key}: {saved.get(key)!r} there, {now.get(key)!r} here"
-        for key in dict.fromkeys((*saved, *now))
-        if saved.get(key) != now.get(key) and not any(key == f or key.startswith(f + ".") for f in free)
-    ]
-    if changed:
-        allowed = ", ".join(".".join(key) for key in FREE_ON_RESUME)
-        raise ValueError(
-            f"resume: {run_directory} was trained under another recipe ({'; '.join(changed)}); only {allowed} may "
-            "change. Set them back, or start a new run with init_from"
-        )
-
-
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keyed by dotted paths."""
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        return Trainer(**arguments, strategy=strategy, use_distributed_sampler=False, enable_model_summary=False, **own)
 
 
 @contextmanager
@@ -296,15 +216,6 @@ def _lightning_errors() -> Iterator[None]:
         yield
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
-
-
-def _compute_dtype(precision: str) -> torch.dtype:
-    """The dtype that a Trainer precision computes in."""
-    if precision.startswith("16"):
-        return torch.float16
-    if precision.startswith("bf16"):
-        return torch.bfloat16
-    return torch.float64 if precision.startswith("64") else torch.float32
 
 
 def _without_weights(r: Recipe) -> Recipe:

@@ -64,7 +64,9 @@ def checkpoint(run: Path) -> Path:
     """
     found = sorted((run / CHECKPOINTS).glob("step_*.ckpt"), key=_number)
     if not found:
-        raise ValueError(f"{run}: the run has no checkpoint in {CHECKPOINTS}/; let it train for longer, or start it again")
+        raise ValueError(
+            f"{run}: the run has no checkpoint in {CHECKPOINTS}/; let it train for longer, or start it again"
+        )
     return found[-1]
 
 
@@ -77,7 +79,7 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 
 def write_summary(run: Path, status: str, scalars: Mapping[str, float]) -> None:
-    """Write the last value of every scalar, and `status`: finished, stopped or failed. Values that are not finite: null."""
+    """Write `status` (finished, stopped or failed) and the last value of every scalar; null for what is not finite."""
     values = {tag: value if math.isfinite(value) else None for tag, value in sorted(scalars.items())}
     staged = run / f".{SUMMARY}"
     staged.write_text(json.dumps({"status": status, **values}, indent=1) + "\n")

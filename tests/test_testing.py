@@ -191,9 +191,7 @@ def test_mixing_weights_without_gradient_are_refused(monkeypatch: pytest.MonkeyP
             if key_padding_mask is not None:
                 q, k, v = dilated.padding.hide(q, k, v, key_padding_mask)
             scale = outs.shape[-1] ** -0.5
-            lses = [
-                dilated.dilated(q, k, v, [w], [1], "interleaved", 0, q.shape[2], causal, scale)[1] for w in (4, 16)
-            ]
+            lses = [dilated.dilated(q, k, v, [w], [1], "interleaved", 0, q.shape[2], causal, scale)[1] for w in (4, 16)]
             return (outs * torch.stack(lses).softmax(0).detach().unsqueeze(-1).to(outs.dtype)).sum(0)
 
     checks = {check.claim: check for check in run_checks(Detached())}

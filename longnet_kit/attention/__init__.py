@@ -25,6 +25,6 @@ def build(config: Mapping[str, Any]) -> AttentionBackend:
     return registry.build(config)
 
 
-from longnet_kit.attention import dilated, naive, padding, sdpa  # noqa: E402, F401  (each registers itself)
+from longnet_kit.attention import block_sparse, dilated, naive, padding, sdpa  # noqa: E402, F401  (each registers itself)
 
 __all__ = ["AttentionBackend", "Support", "build", "names", "padding", "register", "registry"]

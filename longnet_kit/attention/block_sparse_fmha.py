@@ -154,19 +154,17 @@ def plan(key: Key, batch: int, seq_len: int, causal: bool, device: torch.device)
 
     pattern = BlockSparse(*key)  # type: ignore[arg-type]
     calls = []
-    # A first call in inference mode must not leave tensors behind that training cannot save.
-    with torch.inference_mode(False):
-        for piece in pieces(pattern, seq_len, causal):
-            bias = attn_bias.BlockDiagonalCausalFromBottomRightMask if piece.causal else attn_bias.BlockDiagonalMask
-            segments = [(start, segment) for start in range(0, batch * seq_len, seq_len) for segment in piece.segments]
-            for first in range(0, len(segments), MAX_SEGMENTS):
-                some = segments[first : first + MAX_SEGMENTS]
-                queries = [[_shift(segment.queries, start)] for start, segment in some]
-                keys = [[_shift(r, start) for r in segment.keys] for start, segment in some]
-                lengths = ([sum(map(len, ranges)) for ranges in side] for side in (queries, keys))
-                calls.append(
-                    Call(_index(queries, device), _index(keys, device), bias.from_seqlens(*lengths, device=device))
-                )
+    for piece in pieces(pattern, seq_len, causal):
+        bias = attn_bias.BlockDiagonalCausalFromBottomRightMask if piece.causal else attn_bias.BlockDiagonalMask
+        segments = [(start, segment) for start in range(0, batch * seq_len, seq_len) for segment in piece.segments]
+        for first in range(0, len(segments), MAX_SEGMENTS):
+            some = segments[first : first + MAX_SEGMENTS]
+            queries = [[_shift(segment.queries, start)] for start, segment in some]
+            keys = [[_shift(r, start) for r in segment.keys] for start, segment in some]
+            lengths = ([sum(map(len, ranges)) for ranges in side] for side in (queries, keys))
+            calls.append(
+                Call(_index(queries, device), _index(keys, device), bias.from_seqlens(*lengths, device=device))
+            )
     return tuple(calls)
 
 
@@ -240,7 +238,7 @@ def check(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: in
     """
     generator = torch.Generator().manual_seed(0)
     pattern = BlockSparse("fixed", 16, 2, 1)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         drawn = torch.randn(4, 2, 75, 2, head_dim, generator=generator).to(device, dtype)
         q, k, v, grad = drawn.unbind()
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))

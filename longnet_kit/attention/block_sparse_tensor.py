@@ -96,14 +96,12 @@ class _Visible(NamedTuple):
 def _visible(
     layout: str, local_blocks: int, summary_blocks: int, blocks: int, causal: bool, device: torch.device
 ) -> _Visible:
-    # A first call in inference mode must not leave tensors behind that training cannot save.
-    with torch.inference_mode(False):
-        seen = BlockSparse(layout, 1, local_blocks, summary_blocks).blocks(blocks, causal)  # type: ignore[arg-type]
-        rows, columns = seen.nonzero(as_tuple=True)
-        counts = seen.sum(1, keepdim=True)
-        nth = torch.arange(int(counts.max())).minimum(counts - 1)
-        of_row = counts.cumsum(0) - counts + nth
-        return _Visible(*(x.to(device) for x in (seen[None], rows, columns, of_row)))
+    seen = BlockSparse(layout, 1, local_blocks, summary_blocks).blocks(blocks, causal)  # type: ignore[arg-type]
+    rows, columns = seen.nonzero(as_tuple=True)
+    counts = seen.sum(1, keepdim=True)
+    nth = torch.arange(int(counts.max())).minimum(counts - 1)
+    of_row = counts.cumsum(0) - counts + nth
+    return _Visible(*(x.to(device) for x in (seen[None], rows, columns, of_row)))
 
 
 def _real_tokens(seq_len: int, tokens: int, mask: Tensor | None, device: torch.device) -> Tensor | None:

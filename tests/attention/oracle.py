@@ -40,7 +40,12 @@ class Problem:
 
 
 def problem(
-    batch: int = 2, seq_len: int = 16, heads: int = 3, head_dim: int = 4, causal: bool = True, mask: Tensor | None = None
+    batch: int = 2,
+    seq_len: int = 16,
+    heads: int = 3,
+    head_dim: int = 4,
+    causal: bool = True,
+    mask: Tensor | None = None,
 ) -> Problem:
     """Standard normal inputs; NaN in what `mask` pads."""
     qkv = torch.randn(batch, seq_len, 3, heads, head_dim, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from typing import Any
@@ -20,7 +21,7 @@ from longnet_kit.attention.patterns import BlockSparse
 from longnet_kit.testing import check_backend, run_checks
 from tests.attention.oracle import Problem, problem, problems
 
-pytest.importorskip("xformers", reason="xformers has no wheel for this platform")
+attn_bias = pytest.importorskip("xformers.ops.fmha.attn_bias", reason="xformers has no wheel for this platform")
 
 SMALL = {"backend": "xformers", "block_size": 16, "local_blocks": 2}
 BOTH = pytest.mark.parametrize("layout", ["fixed", "local"])
@@ -73,13 +74,13 @@ def through_pieces(pattern: BlockSparse, kernel: block_sparse_fmha.Kernel | None
     return attend
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(problems(max_seq_len=150), block_patterns(st.sampled_from([16, 17, 24, 33])))
 def test_block_sparse_tensors_give_the_pattern(drawn: Problem, pattern: BlockSparse) -> None:
     drawn.assert_matches(backend_of(pattern), pattern)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(problems(max_seq_len=60), block_patterns(st.integers(1, 9)))
 def test_merged_pieces_give_the_pattern(drawn: Problem, pattern: BlockSparse) -> None:
     drawn.assert_matches(through_pieces(pattern), pattern)
@@ -145,6 +146,7 @@ def test_rows_of_very_different_scores_stay_exact(layout: str) -> None:
     drawn = problem(2, 90, 2, 8)
     drawn.qkv[:, ::3, 0] *= 100
     drawn.qkv[0, :, 1] -= 30
+    drawn.qkv[1, :, 1] *= 10  # and rows whose own scores lie further apart than exp reaches
     pattern = BlockSparse(layout, 16, 2, 1)  # type: ignore[arg-type]
     drawn.assert_matches(backend_of(pattern), pattern)
     drawn.assert_matches(through_pieces(pattern), pattern)
@@ -175,7 +177,9 @@ def test_every_dtype_is_as_good_as_its_rounding(layout: str, dtype: torch.dtype)
     rounded = Problem(drawn.qkv.to(dtype), drawn.grad_out.to(dtype), drawn.causal, drawn.mask)
     for given_, exact in zip(rounded.outcome(backend), drawn.outcome(backend), strict=True):
         assert given_.dtype == dtype
-        assert (given_ - exact).abs().max() < 4 * torch.finfo(dtype).eps * exact.abs().max()
+        # One rounding at the end is half an eps; float32 also rounds on the way.
+        roundings = 16 if dtype == torch.float32 else 0.6
+        assert (given_ - exact).abs().max() < roundings * torch.finfo(dtype).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -222,7 +226,8 @@ def test_a_first_run_in_inference_mode_does_not_spoil_training() -> None:
 def test_the_same_inputs_give_the_same_bits() -> None:
     backend = attention.build(SMALL).eval()
     qkv = torch.randn(2, 200, 3, 2, 16)
-    first, *others = (backend(*qkv.unbind(2)) for _ in range(4))
+    q, k, v = qkv.unbind(2)
+    first, *others = (backend(q, k, v) for _ in range(4))
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -308,7 +313,7 @@ def test_a_sequence_too_large_for_32_bits_is_refused(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_probe_accepts_a_right_kernel(dtype: torch.dtype) -> None:
     assert block_sparse_fmha.check(Plain(), torch.device("cpu"), dtype, 16) == ""
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):  # whatever the first call is wrapped in
         assert block_sparse_fmha.check(Plain(), torch.device("cpu"), dtype, 16) == ""
 
 
@@ -344,6 +349,17 @@ class NaN(Plain):
 )
 def test_the_probe_refuses_a_wrong_kernel(kernel: type[Plain], words: str) -> None:
     assert words in block_sparse_fmha.check(kernel(), torch.device("cpu"), torch.float32, 16)
+
+
+@pytest.mark.parametrize("module", ["flash3", "flash"])
+def test_the_operators_take_these_biases_forward_and_backward(module: str) -> None:
+    operators = importlib.import_module(f"xformers.ops.fmha.{module}")
+    biases = {attn_bias.BlockDiagonalMask, attn_bias.BlockDiagonalCausalFromBottomRightMask}
+    for operator in (operators.FwOp, operators.BwOp):
+        assert biases <= set(operator.SUPPORTED_ATTN_BIAS_TYPES)
+        assert set(block_sparse_fmha.DTYPES) <= operator.SUPPORTED_DTYPES
+        assert operator.VARLEN_LSE_PACKED  # (1, H, tokens)
+        assert operator.SUPPORTS_CUSTOM_SCALE
 
 
 def test_the_route_is_told_with_its_reason() -> None:

@@ -1,0 +1,71 @@
+"""Which run directory and checkpoint a recipe's `resume` means, and whether the recipe may go on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longnet_kit import recipe, runs
+from longnet_kit.recipe import Recipe
+
+FREE_ON_RESUME = (("trainer", "max_steps"), ("trainer", "devices"), ("strategy",), ("checkpoint",))
+"""What may differ from the saved recipe when a run is resumed; `resume` itself and the words about it aside."""
+
+
+def find(r: Recipe) -> tuple[Path | None, Path | None]:
+    """Where to go on.
+
+    Returns:
+        The run directory to go on in, None for a new one; and the checkpoint, None for a start from scratch.
+
+    Raises:
+        ValueError: there is nothing to resume, or it was trained under another recipe.
+    """
+    if r.resume is None:
+        return None, None
+    if r.resume == "auto":
+        saved = [d for d in runs.versions(r.name) if (d / runs.RECIPE).is_file()]
+        if not saved:
+            return None, None
+        _check_same(r, saved[-1])
+        has_checkpoint = any((saved[-1] / runs.CHECKPOINTS).glob("step_*.ckpt"))
+        return saved[-1], runs.checkpoint(saved[-1]) if has_checkpoint else None
+    path = Path(r.resume)
+    ckpt = path if path.is_file() else runs.checkpoint(runs.find(path))
+    run_directory = ckpt.parent.parent
+    if (run_directory / runs.RECIPE).is_file():
+        _check_same(r, run_directory)
+    return None, ckpt
+
+
+def is_finished(directory: Path, r: Recipe) -> bool:
+    """Whether a run has done all the steps that the recipe asks for."""
+    if runs.read_summary(directory).get("status") != "finished":
+        return False
+    return recipe.load(directory / runs.RECIPE).trainer["max_steps"] >= r.trainer["max_steps"]
+
+
+def _check_same(r: Recipe, run_directory: Path) -> None:
+    """Refuse to resume a run under a recipe that would make it another experiment."""
+    saved, now = (_flat(recipe.to_dict(x)) for x in (recipe.load(run_directory / runs.RECIPE), r))
+    free = ("resume", "name", "description", "extends", *(".".join(key) for key in FREE_ON_RESUME))
+    changed = [
+        f"{key}: {saved.get(key)!r} there, {now.get(key)!r} here"
+        for key in dict.fromkeys((*saved, *now))
+        if saved.get(key) != now.get(key) and not any(key == f or key.startswith(f + ".") for f in free)
+    ]
+    if changed:
+        allowed = ", ".join(".".join(key) for key in FREE_ON_RESUME)
+        raise ValueError(
+            f"resume: {run_directory} was trained under another recipe ({'; '.join(changed)}); only {allowed} may "
+            "change. Set them back, or start a new run with init_from"
+        )
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keyed by dotted paths."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
