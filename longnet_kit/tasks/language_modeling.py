@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from longnet_kit.model import Transformer
 from longnet_kit.model.loss import IGNORED, token_losses
 from longnet_kit.tasks import optimization, register
-from longnet_kit.tasks.metrics import LossByPosition
+from longnet_kit.tasks.metrics import LossByPosition, MeanLoss
 from longnet_kit.tasks.scalars import due, record
 
 if TYPE_CHECKING:
@@ -39,6 +38,9 @@ class LanguageModeling(LightningModule):
         optimizer: a recipe's `optimizer` section.
         max_steps: optimizer steps that the learning-rate schedule spans.
         eval_contexts: window lengths at which validation and test also measure perplexity, in tokens.
+
+    Raises:
+        ValueError: an evaluation context that no sequence holds.
     """
 
     model: Transformer
@@ -47,6 +49,8 @@ class LanguageModeling(LightningModule):
         self, model: Transformer, optimizer: recipe.Optimizer, *, max_steps: int, eval_contexts: Sequence[int] = ()
     ) -> None:
         super().__init__()
+        if not all(1 <= context <= model.seq_len for context in eval_contexts):
+            raise ValueError(f"eval_contexts is {list(eval_contexts)}, expected lengths of 1 to seq_len, {model.seq_len}")
         self.model = model
         self.optimizer_options = optimizer
         self.max_steps = max_steps
@@ -76,8 +80,13 @@ class LanguageModeling(LightningModule):
         scheduler = optimization.schedule(self.optimizer_options, optimizer, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the dtype of the saved weights: Lightning restores them before it casts, and would round float64."""
+        saved = checkpoint["state_dict"].get("model.embedding.weight", self.model.embedding.weight)
+        self.model.to(saved.dtype)
+
     def on_train_start(self) -> None:
-        self._metrics["train"] = MeanMetric(nan_strategy="disable").to(self.device)
+        self._metrics["train"] = MeanLoss().to(self.device)
         self._denominator = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -92,8 +101,8 @@ class LanguageModeling(LightningModule):
             self._denominator = self._over_ranks(count).clamp(min=1)
             self._count = torch.zeros_like(count)
         self._count += count
-        self._metrics["train"].update(total.detach() / count.clamp(min=1), count)
-        return total * (self.trainer.world_size / self._denominator)
+        self._metrics["train"].update(losses.detach(), counted)
+        return total * self.trainer.world_size / self._denominator
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.trainer.accumulate_grad_batches > 1:
@@ -139,44 +148,41 @@ class LanguageModeling(LightningModule):
     def _weigh_by_tokens(self) -> None:
         """Scale the accumulated gradients from the first batch's token count to that of the whole optimizer step."""
         assert self._denominator is not None
-        given = self.trainer.accumulate_grad_batches * self._denominator
-        factor = (given / self._over_ranks(self._count).clamp(min=1)).item()
+        given = self.trainer.accumulate_grad_batches * int(self._denominator)
+        factor = given / max(1, int(self._over_ranks(self._count)))
         if factor != 1:
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
 
     def _start_evaluation(self) -> None:
-        for length in {self.model.seq_len, *self.eval_contexts}:
-            self._metrics[f"context {length}"] = LossByPosition(length).to(self.device)
+        self._metrics["whole"] = LossByPosition(self.model.seq_len).to(self.device)
+        for context in self.eval_contexts:
+            self._metrics[f"@{context}"] = MeanLoss().to(self.device)
 
     def _evaluate(self, batch: Batch) -> None:
         tokens, targets = batch["tokens"], batch["targets"]
         whole = self._losses(tokens, targets)
-        self._metrics[f"context {self.model.seq_len}"].update(*whole)
+        self._metrics["whole"].update(*whole)
         batch_size, seq_len = tokens.shape
         for context in self.eval_contexts:
             windows = seq_len // context
-            if context == self.model.seq_len or not windows:
-                continue
             if context == seq_len:
-                self._metrics[f"context {context}"].update(*whole)
-                continue
-            cut = (x[:, : windows * context].reshape(batch_size * windows, context) for x in (tokens, targets))
-            self._metrics[f"context {context}"].update(*self._losses(*cut))
+                self._metrics[f"@{context}"].update(*whole)
+            elif windows:
+                cut = (x[:, : windows * context].reshape(batch_size * windows, context) for x in (tokens, targets))
+                self._metrics[f"@{context}"].update(*self._losses(*cut))
 
     def _finish_evaluation(self, stage: str) -> None:
         """Record everything measured under `stage`, `val` or `test`."""
-        losses = {n: self._metrics[f"context {n}"].compute() for n in {self.model.seq_len, *self.eval_contexts}}
-        mean, by_position = losses[self.model.seq_len]
-        self.loss_by_position = by_position.cpu()
         if self.trainer.sanity_checking:
             return
+        mean, by_position = self._metrics["whole"].compute()
+        self.loss_by_position = by_position.cpu()
         scalars = {f"{stage}/loss": mean, f"{stage}/perplexity": mean.exp()}
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", {}).get(stage)
         if bytes_per_token is not None:
             scalars[f"{stage}/bits_per_byte"] = mean / math.log(2) / bytes_per_token
         for context in self.eval_contexts:
-            if not losses[context].mean.isnan():
-                scalars[f"{stage}/perplexity@{context}"] = losses[context].mean.exp()
+            scalars[f"{stage}/perplexity@{context}"] = self._metrics[f"@{context}"].compute().exp()
         record(self, scalars, self.trainer.global_step)

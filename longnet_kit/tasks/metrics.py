@@ -1,4 +1,4 @@
-"""Metrics of language modelling."""
+"""Metrics of language modelling: mean losses per token, over all ranks. Sums are float64 and counts integers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,30 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
+class MeanLoss(Metric):
+    """Mean loss per token, in nats; NaN where there was no token, or where a loss was NaN."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, counted: Tensor) -> None:
+        """Add tokens: their losses, 0 where one does not count, and whether each counts, of the same shape."""
+        self.total += losses.sum(dtype=torch.float64)
+        self.count += counted.sum()
+
+    def compute(self) -> Tensor:
+        """The mean so far."""
+        return self.total / self.count
+
+
 class Losses(NamedTuple):
-    """What `LossByPosition` measured, in nats, float64; NaN where there was no token."""
+    """What `LossByPosition` measured, in nats; NaN where there was no token."""
 
     mean: Tensor
     """Over all tokens: scalar."""
@@ -19,7 +41,7 @@ class Losses(NamedTuple):
 
 
 class LossByPosition(Metric):
-    """Mean loss per token, over everything and at each position of the context, over all ranks.
+    """Mean loss per token, over everything and at each position of the context.
 
     Args:
         length: positions in a context.
