@@ -86,7 +86,8 @@ class Lines(Reporter):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._say(f"step {trainer.global_step}  validation: {self.evaluation_words(trainer.callback_metrics, 'val')}")
+            words = self.evaluation_words(trainer.callback_metrics, "val")
+            self._say(f"step {trainer.global_step}  validation: {words}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say(f"test: {self.evaluation_words(trainer.callback_metrics, 'test')}")

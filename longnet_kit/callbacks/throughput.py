@@ -24,13 +24,14 @@ class Moment(NamedTuple):
 class Throughput(Callback):
     """Writes `train/tokens_per_second` and `train/mfu` whenever training scalars are due.
 
-    Tokens are those of every batch on every rank, accumulated ones included. The rate is over the last `window` times that
-    scalars were due; validation does not count, nor does the first optimizer step (compilation, first allocations) once
+    Tokens are those of every batch on every rank, accumulated ones included. The rate is over the last `window` intervals
+    between writes; validation does not count, nor does the first optimizer step (compilation, first allocations) once
     there are others.
 
-    `train/mfu` is 3 * model.flops per sequence, over what the devices could do: the vendor's figure on CUDA; on the CPU,
-    and where Lightning does not know the chip, the rate of a matrix product in the training dtype, measured for 0.2 s when
-    fit starts. It is left out where the attention backend cannot count its FLOPs.
+    `train/mfu` is 3 * model.flops per sequence, over what the devices could do: the vendor's figure on CUDA; on the CPU
+    it is the share of the measured matrix-multiplication rate: a product in the training dtype, timed for 0.2 s when fit
+    starts (so too where Lightning does not know the chip). It is left out where the attention backend cannot count its
+    FLOPs.
 
     Args:
         window: how many intervals between writes the rate is averaged over.
@@ -73,7 +74,8 @@ class Throughput(Callback):
         self._pause_began = _clock(pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._pause_began is not None:  # only here, since what other callbacks make of a validation is none of training
+        # The pause ends only here, since what other callbacks make of a validation is no training either.
+        if self._pause_began is not None:
             self._paused += _clock(pl_module.device) - self._pause_began
             self._pause_began = None
 

@@ -1,8 +1,8 @@
 """Position embeddings that turn queries and keys: RoPE and xPos.
 
-Angles are float64 from integer positions and are cast only once they are cosines and sines, so positions stay exact far
-past 2^24. Nothing is kept in buffers, which a cast of the model to bfloat16 would round. The positions here never decide
-which keys a query sees.
+Angles are float64 from integer positions and are cast only once they are cosines and sines, so positions stay exact
+far past 2^24. Nothing is kept in buffers, which a cast of the model to bfloat16 would round. The positions here never
+decide which keys a query sees.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Rope:
 
     def _halves(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (..., N, 1, D/2) float64; the dimension of size 1 is query or key."""
-        angles = positions.double()[..., None, None] * BASE ** -(_pairs(self.head_dim, positions.device) / self.head_dim)
+        theta = BASE ** -(_pairs(self.head_dim, positions.device) / self.head_dim)
+        angles = positions.double()[..., None, None] * theta
         return angles.cos(), angles.sin()
 
 
@@ -95,9 +96,9 @@ class XPos(Rope):
             seq_len = int(2 * self.centre)
             given = f"{length:,} tokens" + (f" in a model built for {seq_len:,}" if seq_len != length else "")
             raise ValueError(
-                f"positions: xpos reaches {longest:,} tokens in {str(self.dtype).removeprefix('torch.')} before its decay "
-                f"factor leaves the number range, and got {given}; use positions: rope, a shorter seq_len, or a precision "
-                "of wider range (float32 and bfloat16 reach the same length)"
+                f"positions: xpos reaches {longest:,} tokens in {str(self.dtype).removeprefix('torch.')} before its "
+                f"decay factor leaves the number range, and got {given}; use positions: rope, a shorter seq_len, or a "
+                "precision of wider range (float32 and bfloat16 reach the same length)"
             )
 
     def _halves(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,8 +104,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens: (B, N) integers below V.
-            positions: (N,) or (B, N) integers for the position embedding, 0 to N - 1 by default. They never decide which
-                keys a query sees.
+            positions: (N,) or (B, N) integers for the position embedding, 0 to N - 1 by default. They never decide
+                which keys a query sees.
             key_padding_mask: (B, N) bool, True where the token is real; pad on the right.
 
         Returns:

@@ -1,4 +1,7 @@
-"""Figures, drawn without pyplot: nothing global changes, and no display is needed. matplotlib is imported on first use."""
+"""Figures, drawn without pyplot: nothing global changes, and no display is needed.
+
+matplotlib is imported on first use.
+"""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ class LanguageModeling(LightningModule):
     """Train a network to predict each token from those before it.
 
     A batch holds `tokens` and `targets`, (B, N) int64 each; a target of -100 has no loss. The gradient of an optimizer
-    step is that of the mean loss over all its tokens: all ranks, all accumulated batches, however unevenly their targets
-    are ignored.
+    step is that of the mean loss over all its tokens: all ranks, all accumulated batches, however unevenly their
+    targets are ignored.
 
     Args:
         model: the bare network.
@@ -50,7 +50,8 @@ class LanguageModeling(LightningModule):
     ) -> None:
         super().__init__()
         if not all(1 <= context <= model.seq_len for context in eval_contexts):
-            raise ValueError(f"eval_contexts is {list(eval_contexts)}, expected lengths of 1 to seq_len, {model.seq_len}")
+            given = list(eval_contexts)
+            raise ValueError(f"eval_contexts is {given}, expected lengths of 1 to seq_len, {model.seq_len}")
         self.model = model
         self.optimizer_options = optimizer
         self.max_steps = max_steps

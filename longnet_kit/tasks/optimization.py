@@ -19,8 +19,11 @@ def build(options: recipe.Optimizer, model: nn.Module) -> Optimizer:
     """Make the optimizer of a model.
 
     Weight decay is for matrices only: biases and layer norms have none. The embedding, which is the head too, is one of
-    the matrices. `adam` adds the decay to the gradient, `adamw` decouples it; `sgd` has no momentum and ignores the betas.
-    None is fused: Lightning refuses to clip gradients of a fused one under mixed precision.
+    the matrices. `adam` adds the decay to the gradient, `adamw` decouples it; `sgd` has no momentum and ignores the
+    betas. None is fused: Lightning refuses to clip the gradients of a fused one under mixed precision.
+
+    Raises:
+        ValueError: an unknown optimizer.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -41,6 +44,9 @@ def schedule(options: recipe.Optimizer, optimizer: Optimizer, max_steps: int) ->
 
     `linear` is the paper's polynomial decay of power 1. The first step has lr / warmup_steps, and step warmup_steps the
     whole lr.
+
+    Raises:
+        ValueError: an unknown schedule.
     """
     shapes: dict[str, Callable[[float], float]] = {
         "linear": lambda t: 1 - t,

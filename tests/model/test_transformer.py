@@ -239,11 +239,7 @@ def test_build_takes_a_recipe_section() -> None:
         dim=32, layers=2, heads=4, ffn_dim=48, dropout=0.1, positions="none", causal=False, attention=DILATED
     )
     net = model.build(section, VOCAB, SEQ_LEN)  # type: ignore[arg-type]
-    assert net.config == {
-        "vocab_size": VOCAB,
-        "seq_len": SEQ_LEN,
-        **{key: value for key, value in vars(section).items()},
-    }
+    assert net.config == {"vocab_size": VOCAB, "seq_len": SEQ_LEN, **vars(section)}
     copy = model.Transformer(**net.config)
     copy.load_state_dict(net.state_dict())
     torch.testing.assert_close(copy.eval()(some_tokens()), net.eval()(some_tokens()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,11 @@ def test_callbacks_can_monitor_what_is_logged(tmp_path: Path) -> None:
 def test_the_step_axis_counts_optimizer_steps(tmp_path: Path, accumulate: int) -> None:
     saving = ModelCheckpoint(tmp_path / "c", filename="{step}", every_n_train_steps=2, save_top_k=-1)
     fit = trainer(
-        tmp_path, saving, accumulate_grad_batches=accumulate, val_check_interval=2 * accumulate, enable_checkpointing=True
+        tmp_path,
+        saving,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=2 * accumulate,
+        enable_checkpointing=True,
     )
     fit.fit(task(), datamodule=Data())
     found = logged(tmp_path)
@@ -234,7 +240,10 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
 
 def test_ranks_that_ignore_different_targets_make_one_mean(tmp_path: Path) -> None:
     """Two processes, an accumulation of two; against one bare loop over the same tokens."""
-    torch.multiprocessing.spawn(_rank, args=(tmp_path,), nprocs=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, args=(port, tmp_path), nprocs=2)
     data = Windows(100)
     model = network().double()
     losses = []
@@ -269,12 +278,10 @@ class Sharded(Data):
         return self._loader(Windows(8, 10_000))
 
 
-def _rank(rank: int, directory: Path) -> None:
-    import os
-
+def _rank(rank: int, port: int, directory: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(_port(directory))
+    os.environ["MASTER_PORT"] = str(port)
     ours = task(2)
     run = trainer(
         directory,
@@ -289,11 +296,6 @@ def _rank(rank: int, directory: Path) -> None:
     run.fit(ours, datamodule=Sharded())
     if rank == 0:
         torch.save({k: v.detach() for k, v in ours.model.named_parameters()}, directory / "weights.pt")
-
-
-def _port(directory: Path) -> int:
-    """One that both processes agree on, and parallel test runs rarely share."""
-    return 20_000 + sum(str(directory).encode()) * 37 % 20_000
 
 
 def test_the_task_is_registered() -> None:

@@ -1,0 +1,56 @@
+"""Figures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib._pylab_helpers import Gcf
+
+from longnet_kit.report import figures
+
+
+def test_each_bin_is_the_mean_of_its_positions() -> None:
+    losses = np.arange(16.0)
+    centres, means = figures.log_bins(losses, per_octave=1)  # positions 1 | 2-3 | 4-7 | 8-15 | 16
+    np.testing.assert_allclose(centres, [1, 2.5, 5.5, 11.5, 16])
+    np.testing.assert_allclose(means, [0, 1.5, 4.5, 10.5, 15])
+
+
+def test_positions_without_tokens_are_left_out() -> None:
+    losses = np.array([1.0, np.nan, 3.0, np.nan, np.nan, np.nan, np.nan, 8.0])
+    centres, means = figures.log_bins(losses, per_octave=1)
+    np.testing.assert_allclose(centres, [1, 3, 8])
+    np.testing.assert_allclose(means, [1, 3, 8])
+    with pytest.raises(ValueError, match="no position had a token"):
+        figures.loss_by_position(np.full(4, np.nan))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 1024, 100_000])
+def test_every_position_is_in_one_bin(length: int) -> None:
+    losses = np.random.default_rng(0).random(length)
+    for per_octave in (1, 2, 3):
+        centres, means = figures.log_bins(losses, per_octave)
+        assert (np.diff(centres) > 0).all()
+        assert len(centres) <= per_octave * (np.log2(length) + 1) + 1
+        assert losses.min() <= means.min() and means.max() <= losses.max()
+
+
+def test_the_figure_shows_the_bins_without_pyplot() -> None:
+    losses = np.linspace(5, 2, 600)
+    figure = figures.loss_by_position(losses)
+    (axes,) = figure.axes
+    (line,) = axes.lines
+    np.testing.assert_allclose(line.get_xydata(), np.stack(figures.log_bins(losses, 2), axis=1))
+    assert axes.get_xscale() == "log"
+    pixels = figures.pixels(figure)
+    assert pixels.dtype == np.uint8 and pixels.shape[2] == 3 and pixels.std() > 5
+    assert not Gcf.figs, "pyplot knows of the figure"
+
+
+def test_importing_the_module_does_not_import_matplotlib() -> None:
+    code = "import sys, longnet_kit.report.figures; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
