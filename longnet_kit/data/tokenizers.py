@@ -1,0 +1,217 @@
+"""Text to token ids and back: raw bytes, a `tokenizers` JSON file, or an encoding of tiktoken by its name.
+
+Vocabulary sizes are known without any download, so that a model can be built before there is a network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longnet_kit import typed
+from longnet_kit.data.errors import DataError
+
+Ids = np.ndarray[Any, np.dtype[np.uint32]]
+
+TIKTOKEN = {  # name: (vocabulary size, end of text)
+    "gpt2": (50257, 50256),
+    "r50k_base": (50257, 50256),
+    "p50k_base": (50281, 50256),
+    "p50k_edit": (50284, 50256),
+    "cl100k_base": (100277, 100257),
+    "o200k_base": (200019, 199999),
+    "o200k_harmony": (201088, 199999),
+}
+"""The encodings of tiktoken that have an end-of-text token; a test compares them with tiktoken's own definitions."""
+
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "[SEP]")
+"""Tokens that a JSON tokenizer may mark the end of a document with; the first that it has is taken."""
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    What looks like a special token in the text is encoded as ordinary text, so that `eos` stands between documents and
+    nowhere else.
+    """
+
+    name: str
+    """What to call it in a recipe."""
+    vocab_size: int
+    """One more than the largest id."""
+    eos: int
+    """The id that ends every document."""
+    fingerprint: str
+    """Changes when the same text would be encoded differently."""
+    takes_bytes: bool = False
+    """Whether `encode` accepts bytes that are no valid UTF-8."""
+
+    def encode(self, text: str | bytes) -> Ids:
+        """Token ids of a text, (n,) uint32, without `eos`. Bytes are taken for UTF-8 where `takes_bytes` is False."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, without `eos`; replacement characters stand for what is no valid UTF-8."""
+        raise NotImplementedError
+
+
+class Bytes(Tokenizer):
+    """One token per byte, of the byte's value; 256 ends a document."""
+
+    name = "bytes"
+    vocab_size = 257
+    eos = 256
+    fingerprint = "bytes"
+    takes_bytes = True
+
+    def encode(self, text: str | bytes) -> Ids:
+        raw = text.encode() if isinstance(text, str) else text
+        return np.frombuffer(raw, dtype=np.uint8).astype(np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in _checked(ids, self) if i != self.eos).decode(errors="replace")
+
+
+class JSON(Tokenizer):
+    """A tokenizer of the `tokenizers` library, from its JSON file.
+
+    Raises:
+        DataError: the file is missing or is no such tokenizer, it has no end-of-text token, or the library is missing.
+    """
+
+    def __init__(self, path: str) -> None:
+        file = Path(path).expanduser()
+        if not file.is_file():
+            what = "is a folder" if file.is_dir() else "does not exist"
+            raise DataError(f"data.tokenizer: the file {path} {what}; give a tokenizer JSON file, {_CHOICES}")
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise DataError(_not_installed(path, "tokenizers")) from error
+        content = file.read_bytes()
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(
+                f"data.tokenizer: {path} is not a JSON file of the `tokenizers` library ({error}); save one with "
+                f"Tokenizer.save, or use {_CHOICES}"
+            ) from error
+        # A file may carry the settings of some training batch: these would cut and fill documents.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        ends = [vocabulary[token] for token in END_OF_TEXT if token in vocabulary]
+        if not ends:
+            raise DataError(
+                f"data.tokenizer: {path} has no token to end a document with; add one of {', '.join(END_OF_TEXT)} "
+                "to it with Tokenizer.add_special_tokens"
+            )
+        self.name = path
+        self.eos = ends[0]
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.fingerprint = "json:" + hashlib.sha256(content).hexdigest()
+
+    def encode(self, text: str | bytes) -> Ids:
+        text = text.decode() if isinstance(text, bytes) else text
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        kept = [i for i in _checked(ids, self) if i != self.eos]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+
+class Tiktoken(Tokenizer):
+    """An encoding of tiktoken. Its ranks are fetched when first used, unless tiktoken has them in its own cache.
+
+    Raises:
+        DataError: no such encoding. Encoding and decoding raise it when the ranks cannot be fetched, or tiktoken is
+            missing.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in TIKTOKEN:
+            raise DataError(f"data.tokenizer: unknown tiktoken encoding {name!r}; {typed.suggestion(name, TIKTOKEN)}")
+        self.name = name
+        self.vocab_size, self.eos = TIKTOKEN[name]
+        self.fingerprint = f"tiktoken:{name}"
+        self._loaded: Any = None
+
+    def encode(self, text: str | bytes) -> Ids:
+        text = text.decode() if isinstance(text, bytes) else text
+        return self._encoding().encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._encoding().decode([i for i in _checked(ids, self) if i != self.eos], errors="replace")
+
+    def _encoding(self) -> Any:
+        if self._loaded is not None:
+            return self._loaded
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise DataError(_not_installed(self.name, "tiktoken")) from error
+        try:
+            self._loaded = tiktoken.get_encoding(self.name)
+        except Exception as error:  # network, proxy, disk and checksum errors of several libraries
+            raise DataError(
+                f"data.tokenizer: the ranks of {self.name!r} could not be fetched ({_first_line(error)}); "
+                "connect once, or point TIKTOKEN_CACHE_DIR at a folder that has them, or use tokenizer: bytes"
+            ) from error
+        return self._loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the ranks, which a worker process loads again from tiktoken's cache when it needs them."""
+        return {**self.__dict__, "_loaded": None}
+
+
+_CHOICES = f"`bytes`, or one of tiktoken's encodings {', '.join(TIKTOKEN)}"
+
+
+def build(name: str) -> Tokenizer:
+    """The tokenizer that a recipe's `data.tokenizer` names.
+
+    Args:
+        name: `bytes`; a path that ends in `.json` (`~` is expanded); or a tiktoken encoding, with or without the prefix
+            `tiktoken:`.
+
+    Raises:
+        DataError: there is no such tokenizer, or its file cannot be used.
+    """
+    if not isinstance(name, str) or not name:
+        raise DataError(f"data.tokenizer: got {name!r}; expected a path to a tokenizer JSON file, {_CHOICES}")
+    if name == "bytes":
+        return Bytes()
+    if name.startswith("tiktoken:") or name in TIKTOKEN:
+        return Tiktoken(name.removeprefix("tiktoken:"))
+    if name.endswith(".json") or Path(name).expanduser().is_file():
+        return JSON(name)
+    hint = typed.suggestion(name, ["bytes", *TIKTOKEN])
+    raise DataError(f"data.tokenizer: unknown tokenizer {name!r}; {hint} (or the path of a tokenizer JSON file)")
+
+
+def _checked(ids: Iterable[int], tokenizer: Tokenizer) -> list[int]:
+    numbers = [int(i) for i in ids]
+    for i in numbers:
+        if not 0 <= i < tokenizer.vocab_size:
+            raise DataError(
+                f"{i} is no token of {tokenizer.name}, whose ids run from 0 to {tokenizer.vocab_size - 1}; "
+                "was the model trained with another tokenizer?"
+            )
+    return numbers
+
+
+def _not_installed(name: str, library: str) -> str:
+    return (
+        f"data.tokenizer: {name} needs the library {library}, which is not installed; "
+        f"pip install {library}, or use tokenizer: bytes"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = f"{type(error).__name__}: {error}".splitlines()
+    return lines[0] if len(lines[0]) <= 200 else lines[0][:197] + "..."
