@@ -24,10 +24,10 @@ case "$1 $2" in
     "-m venv")
         echo "venv" >>"$log"
         mkdir -p "$3/bin" "$3/lib"
-        cp "$0" "$3/bin/python" ;;
+        ln -s "$0" "$3/bin/python" ;;
     "-m pip")
         echo "pip" >>"$log"
-        echo "$$" >{folder}/pip_pid
+        echo "$$" >{folder}/pid && mv {folder}/pid {folder}/pip_pid
         while [ -e {folder}/hold ]; do sleep 0.02; done
         [ ! -e {folder}/broken ] || {{ echo "no such version" >&2; exit 1; }}
         printf '#!/bin/sh\\nprintf "%%s\\\\n" "$PWD" "$@"\\nexit 7\\n' >"$(dirname "$0")/longnet"
@@ -272,8 +272,6 @@ def test_pytest_receives_the_arguments_of_the_test_launcher(clone: Clone) -> Non
     tests = clone.root / "tests"
     tests.mkdir()
     (tests / "test_one.py").write_text("def test_a(): pass\ndef test_b(): assert False\n")
-    python = clone.root / ".venv" / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     launcher = clone.root / "tools" / "test"
     code, out, _ = clone.run("tests/test_one.py", "-k", "a and not b", launcher=launcher)
     assert code == 0
@@ -286,8 +284,8 @@ def test_pytest_receives_the_arguments_of_the_test_launcher(clone: Clone) -> Non
 @pytest.mark.parametrize("broken", ["", "ruff", "basedpyright", "python"])
 def test_each_check_counts(clone: Clone, broken: str) -> None:
     clone.run()
-    for name in ("ruff", "basedpyright", "python"):
-        tool = clone.root / ".venv" / "bin" / name
+    bin = clone.root / ".venv" / "bin"
+    for name, tool in (("ruff", bin / "ruff"), ("basedpyright", bin / "basedpyright"), ("python", clone.python)):
         tool.write_text(f"#!/bin/sh\necho '{name} was here'\nexit {3 if name == broken else 0}\n")
         tool.chmod(0o755)
     code, out, err = clone.run(launcher=clone.root / "tools" / "test")
