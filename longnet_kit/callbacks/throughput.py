@@ -24,14 +24,14 @@ class Moment(NamedTuple):
 class Throughput(Callback):
     """Writes `train/tokens_per_second` and `train/mfu` whenever training scalars are due.
 
-    Tokens are those of every batch on every rank, accumulated ones included. The rate is over the last `window` intervals
-    between writes; validation does not count, nor does the first optimizer step (compilation, first allocations) once
-    there are others.
+    Tokens are those of every batch on every rank, accumulated ones included. The rate is over the last `window`
+    intervals between writes; validation does not count, nor does the first optimizer step (compilation, first
+    allocations) once there are others.
 
     `train/mfu` is 3 * model.flops per sequence, over what the devices could do: the vendor's figure on CUDA; on the CPU
-    it is the share of the measured matrix-multiplication rate: a product in the training dtype, timed for 0.2 s when fit
-    starts (so too where Lightning does not know the chip). It is left out where the attention backend cannot count its
-    FLOPs.
+    it is the share of the measured matrix-multiplication rate: a product in the training dtype, timed for 0.2 s when
+    fit starts (so too where Lightning does not know the chip). It is left out where the attention backend cannot count
+    its FLOPs.
 
     Args:
         window: how many intervals between writes the rate is averaged over.

@@ -7,8 +7,8 @@ import torch
 
 def compute_dtype(precision: str) -> torch.dtype:
     """The dtype of matrix products under a `lightning.Trainer` precision such as `bf16-mixed` or `64-true`."""
-    if precision.startswith("16"):
+    if precision.startswith("16") or precision.endswith("float16"):
         return torch.float16
-    if precision.startswith("bf16"):
+    if precision.startswith(("bf16", "transformer-engine")):
         return torch.bfloat16
     return torch.float64 if precision.startswith("64") else torch.float32

@@ -7,8 +7,8 @@ before its last projection (sub-LN). The embedding is also the head.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,8 @@ class Transformer(nn.Module):
         )
         self.embedding = nn.Embedding(vocab_size, dim)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, heads, ffn_dim, dropout, causal, attention) for _ in range(layers))
+        blocks = nn.ModuleList(Block(dim, heads, ffn_dim, dropout, causal, attention) for _ in range(layers))
+        self.blocks = cast(Sequence[Block], blocks)
         self.norm = nn.LayerNorm(dim)
         self.reset_parameters()
 
@@ -88,7 +89,7 @@ class Transformer(nn.Module):
         self.norm.reset_parameters()
         gain = math.sqrt(math.log(2 * len(self.blocks)))
         for block in self.blocks:
-            block.reset_parameters(gain)  # type: ignore[operator]
+            block.reset_parameters(gain)
 
     def forward(
         self, tokens: Tensor, *, positions: Tensor | None = None, key_padding_mask: Tensor | None = None
@@ -125,15 +126,18 @@ class Transformer(nn.Module):
 
         Training costs three times as many.
         """
-        blocks = [block.flops(seq_len) for block in self.blocks]  # type: ignore[operator]
-        if None in blocks:
-            return None
-        return sum(blocks) + 2 * seq_len * self.embedding.weight.numel()
+        flops = 0
+        for block in self.blocks:
+            own = block.flops(seq_len)
+            if own is None:
+                return None
+            flops += own
+        return flops + 2 * seq_len * self.embedding.weight.numel()
 
     @property
     def attention_backends(self) -> list[AttentionBackend]:
         """The backend of each layer, first to last."""
-        return [block.attention.backend for block in self.blocks]  # type: ignore[union-attr, misc]
+        return [block.attention.backend for block in self.blocks]
 
     def _tables(self, tokens: Tensor, positions: Tensor | None) -> Tables | None:
         """Cosines and sines for all layers, at least float32."""

@@ -144,7 +144,7 @@ class LanguageModeling(LightningModule):
         return losses, targets != IGNORED
 
     def _over_ranks(self, count: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(count.clone(), reduce_op="sum")  # type: ignore[return-value]
+        return self.trainer.strategy.reduce(count.clone(), reduce_op="sum")
 
     def _weigh_by_tokens(self) -> None:
         """Scale the accumulated gradients from the first batch's token count to that of the whole optimizer step."""

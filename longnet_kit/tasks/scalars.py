@@ -15,7 +15,7 @@ from torch import Tensor
 
 def due(trainer: Trainer, step: int) -> bool:
     """Whether an optimizer step, counted from 1, is one whose scalars are written: every n-th, and the last."""
-    every = trainer.log_every_n_steps
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]  (Lightning sets it from afar)
     return step == trainer.max_steps or (every > 0 and step % every == 0)
 
 
