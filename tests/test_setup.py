@@ -224,8 +224,10 @@ def test_a_moved_clone_and_another_interpreter_are_made_anew(clone: Clone) -> No
     assert clone.log == SET_UP * 3
     assert clone.run(LONGNET_PYTHON="")[0] == 7, "without a wish, what is there will do"
     assert clone.log == SET_UP * 3
-    (clone.root / ".venv" / "bin" / "python").unlink()
-    assert clone.run(LONGNET_PYTHON=str(other))[0] == 7
+    (clone.folder / "bin").mkdir()
+    other.rename(clone.folder / "bin" / "python3")  # the link in .venv leads nowhere now
+    path = f"{clone.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    assert clone.run(LONGNET_PYTHON="", PATH=path)[0] == 7
     assert clone.log == SET_UP * 4
 
 
