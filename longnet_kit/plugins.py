@@ -82,7 +82,9 @@ def _failure(entry: str, module: str, error: BaseException, places: Sequence[Pat
     if isinstance(error, SyntaxError):
         return f"importing {entry!r} failed: {error.filename}:{error.lineno}: {line}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
-    own = [f for f in frames if any(Path(f.filename).is_relative_to(place) for place in places)] or frames
+    kit = Path(__file__).parent
+    own = [f for f in frames if not Path(f.filename).is_relative_to(kit)] or frames
+    own = [f for f in own if any(Path(f.filename).is_relative_to(place) for place in places)] or own
     return f"importing {entry!r} failed: {own[-1].filename}:{own[-1].lineno}: {line}"
 
 

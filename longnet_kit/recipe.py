@@ -76,7 +76,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     from longnet_kit import recipe_checks  # torch and Lightning, in whose classes the allowed keys are written
 
     wrong += recipe_checks.problems(merged)
-    problems += [_place(problem, layers, file) for problem in _first_of_each_key(wrong)]
+    problems += [_place(problem, layers, file) for problem in wrong]
+    problems = _first_of_each_key(problems)
     if problems:
         raise RecipeError(subject, problems)
     return _clip(_construct(recipe_checks.choices(merged)))
@@ -108,7 +109,9 @@ def to_dict(recipe: Recipe) -> Values:
 
 def dumps(recipe: Recipe) -> str:
     """The recipe as YAML that `load` reads back as it is."""
-    return yaml.dump(_escape(to_dict(recipe)), Dumper=recipe_files.Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(
+        _escape(to_dict(recipe)), Dumper=recipe_files.Dumper, sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 def save(recipe: Recipe, path: str | Path) -> None:
@@ -180,7 +183,9 @@ def _interpolate(values: Values) -> tuple[Values, list[typed.Problem]]:
 
     def complain(key: str, error: object) -> None:
         reason = str(error).splitlines()[0]
-        message = f"{reason}; ${{key.path}} stands for another key of the recipe, and \\${{ for the characters themselves"
+        message = (
+            f"{reason}; ${{key.path}} stands for another key of the recipe, and \\${{ for the characters themselves"
+        )
         problems.append(typed.Problem(key, message))
 
     def well_formed(value: Any, key: str) -> Any:
@@ -220,12 +225,10 @@ def _escape(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _first_of_each_key(problems: Iterable[typed.Problem]) -> list[typed.Problem]:
-    """One problem per key: a value that could not be resolved or read is not to be told of as null too."""
-    first: dict[str, typed.Problem] = {}
-    for problem in problems:
-        first.setdefault(problem.key, problem)
-    return list(first.values())
+def _first_of_each_key(problems: Iterable[Problem]) -> list[Problem]:
+    """One problem per key: a value that could not be read or resolved is not to be told of as null or missing too."""
+    seen: set[str] = set()
+    return [p for p in problems if not p.key or not (p.key in seen or seen.add(p.key))]
 
 
 def _place(problem: typed.Problem, layers: Sequence[Layer], file: Path | None) -> Problem:

@@ -118,6 +118,7 @@ def _trainer_problems(trainer: Any, known: Iterable[str]) -> list[Problem]:
 def _plugin_problems(values: Values, known: Iterable[str]) -> list[Problem]:
     """Of what registered classes decide: the task, the attention backend, the data source."""
     from longnet_kit import attention, data, tasks
+    from longnet_kit.data import tokenizers
 
     found: list[Problem] = []
     task = values.get("task")
@@ -131,6 +132,9 @@ def _plugin_problems(values: Values, known: Iterable[str]) -> list[Problem]:
     if isinstance(source.get("source"), str):
         options = _without(source, [n for n in schema.names(schema.Data) if n != "source"])
         found += _registered_problems(data.registry, options, "data", known)
+    tokenizer = source.get("tokenizer")
+    if isinstance(tokenizer, str):
+        found += _construction_problems(lambda: tokenizers.build(tokenizer), "data.tokenizer")
     return found
 
 
@@ -149,7 +153,7 @@ def _construction_problems(construct: Callable[[], Any], key: str) -> list[Probl
         try:
             construct()
         except ValueError as error:
-            return [Problem(key, str(error))]
+            return [Problem(key, str(error).removeprefix(f"{key}: "))]
     return []
 
 
@@ -182,7 +186,9 @@ def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
             "model.heads",
         )
     acausal = model.get("causal") is False
-    xpos = "got 'xpos' with model.causal: false; xpos decays with distance only towards earlier tokens: use rope or none"
+    xpos = (
+        "got 'xpos' with model.causal: false; xpos decays with distance only towards earlier tokens: use rope or none"
+    )
     check(acausal and positions == "xpos", xpos, "model.positions", "model.causal")
     told = "got false, but language_modeling predicts the next token, which such a model sees; set it to true"
     check(acausal and values.get("task") == "language_modeling", told, "model.causal", "task")
@@ -258,7 +264,9 @@ def _meant(path: str, known: Iterable[str]) -> str:
     if scores:
         return f"did you mean {max(scores, key=lambda other: scores[other])}?"
     here = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
-    return f"known{f' in {section}' if section else ''}: {', '.join(sorted(here))}" if here else "nothing is allowed here"
+    return (
+        f"known{f' in {section}' if section else ''}: {', '.join(sorted(here))}" if here else "nothing is allowed here"
+    )
 
 
 def _multiples(dim: int, heads: int) -> str:

@@ -55,6 +55,13 @@ class Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def text(self, value: str) -> yaml.ScalarNode:
+        """PyYAML writes these characters bare, and takes them for line ends when it reads them."""
+        style = '"' if re.search("[\x85\u2028\u2029]", value) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+Dumper.add_representer(str, Dumper.text)
 
 _NUMBERS = (
     ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
@@ -151,8 +158,8 @@ def parse_dotlist(items: Sequence[str]) -> tuple[Layer, list[Problem]]:
             problems.append(Problem(key if equals else "", COMMAND_LINE, str(error)))
             continue
         except yaml.YAMLError as error:
-            quoted = f"'{key}=\"{text}\"'"
-            message = f"got {text!r}, which is not a YAML value ({_reason(error)}); quote text like {quoted}"
+            quoted = """'key=["*.py"]'""" if text.startswith("[") else """'key="*.py"'"""
+            message = f"got {text!r}, which is not a YAML value ({_reason(error)}); quote text, as in {quoted}"
             problems.append(Problem(key, COMMAND_LINE, message))
             continue
         problems += reader.problems
@@ -232,7 +239,9 @@ class _Reader:
         if kind not in allowed:
             # Left as it is, the node would be built by whatever the tag names.
             node.tag = f"tag:yaml.org,2002:{allowed[0]}"
-            self._complain(key, node, f"the YAML tag {'!' * 2 + kind if kind.isalpha() else kind} is not allowed; leave it out")
+            self._complain(
+                key, node, f"the YAML tag {'!' * 2 + kind if kind.isalpha() else kind} is not allowed; leave it out"
+            )
 
     def _name(self, node: yaml.Node) -> str:
         return str(node.value) if isinstance(node, yaml.ScalarNode) else yaml.serialize(node).strip()
@@ -284,7 +293,9 @@ def _error_place(name: str, error: yaml.YAMLError) -> str:
 def _similar(path: Path) -> str:
     """A hint at a recipe file beside `path` of nearly its name."""
     present = {p.name for p in _recipes_in(path.parent)}
-    near = difflib.get_close_matches(path.name, present, n=1) or difflib.get_close_matches(f"{path.name}.yaml", present, n=1)
+    near = difflib.get_close_matches(path.name, present, n=1) or difflib.get_close_matches(
+        f"{path.name}.yaml", present, n=1
+    )
     if near:
         return f"; did you mean {show(path.with_name(near[0]))}?"
     return f"; {show(path.parent)} holds {', '.join(sorted(present))}" if present else ""

@@ -71,7 +71,10 @@ class Optimizer:
     """Update rule."""
     lr: Annotated[float, Range(above=0, at_most=1000)] = 3.0e-3
     """Learning rate at the end of the warm-up."""
-    betas: tuple[Annotated[float, Range(at_least=0, below=1)], Annotated[float, Range(at_least=0, below=1)]] = (0.9, 0.98)
+    betas: tuple[Annotated[float, Range(at_least=0, below=1)], Annotated[float, Range(at_least=0, below=1)]] = (
+        0.9,
+        0.98,
+    )
     """Decay of the running means of the gradient and of its square; sgd has none."""
     weight_decay: Annotated[float, Range(at_least=0, at_most=1000)] = 0.01
     """Strength of the pull of weight matrices towards zero."""

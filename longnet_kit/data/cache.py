@@ -105,7 +105,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     stage.mkdir()
     try:
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-        writers = {split: Writer(stage, split, dtype) for split in SPLITS}
+        writers: dict[Split, Writer] = {split: Writer(stage, split, dtype) for split in SPLITS}
         try:
             _tokenize(source, tokenizer, writers)
         finally:

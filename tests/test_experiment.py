@@ -1,0 +1,218 @@
+"""From a recipe to a run and back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from longnet_kit import experiment, recipe, runs
+
+RECIPE = """
+name: tiny
+model: {dim: 16, layers: 2, heads: 2, ffn_dim: 32,
+        attention: {backend: dilated, segment_lengths: [8, 32], dilation_rates: [1, 2]}}
+data: {source: files, paths: [text.txt], tokenizer: bytes, seq_len: 32, batch_size: 4, eval_contexts: [8, 32]}
+optimizer: {lr: 1.0e-2, betas: [0.9, 0.98], warmup_steps: 2}
+trainer: {max_steps: 6, limit_val_batches: 2, limit_test_batches: 2, val_check_interval: 4, log_every_n_steps: 2,
+          num_sanity_val_steps: 0, enable_progress_bar: true}
+checkpoint: {every_n_steps: 2, keep: 2}
+"""
+
+
+@pytest.fixture(autouse=True)
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a recipe and a text."""
+    monkeypatch.chdir(tmp_path)
+    words = random.Random(0)
+    text = "".join(f"def f{words.randrange(99)}(x):\n    return x + {words.randrange(9)}\n" for _ in range(1500))
+    Path("text.txt").write_text(text)
+    Path("tiny.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def load(*overrides: str) -> recipe.Recipe:
+    return recipe.load("tiny.yaml", list(overrides))
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return [{tag: float(value) for tag, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def curve(run: Path, tag: str) -> dict[int, float]:
+    return {int(row["step"]): row[tag] for row in rows(run) if tag in row}
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(runs.checkpoint(run), weights_only=True)["state_dict"]
+
+
+def test_a_run_leaves_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+    run = experiment.run(load())
+    assert run == Path("runs/tiny/version_0")
+    names = {path.name.split(".")[0] for path in run.iterdir()}
+    assert names == {"recipe", "events", "metrics", "checkpoints", "summary"}
+    assert recipe.to_dict(recipe.load(run / "recipe.yaml")) == recipe.to_dict(load())
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+        "step_00000004.ckpt",
+        "step_00000006.ckpt",
+    ]
+    summary = json.loads((run / "summary.json").read_text())
+    tags = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "train/mfu", "val/loss"}
+    tags |= {"val/perplexity", "val/bits_per_byte", "val/perplexity@8", "val/perplexity@32"}
+    assert set(summary) == tags | {"status"}
+    assert summary["status"] == "finished"
+    assert set(curve(run, "train/loss")) == {2, 4, 6}
+    assert set(curve(run, "val/loss")) == {4, 6}  # the last step too, although 4 does not divide 6
+    board = EventAccumulator(str(run)).Reload()
+    assert tags <= set(board.Tags()["scalars"])
+    for tag in tags:
+        assert [event.step for event in board.Scalars(tag)] == sorted(curve(run, tag))
+        assert summary[tag] == pytest.approx(board.Scalars(tag)[-1].value, rel=1e-6)
+    assert board.Tags()["images"] == ["val/loss_by_position"]
+    printed = capsys.readouterr().out
+    assert "finished  runs/tiny/version_0: 6 steps" in printed
+    assert "test runs/tiny/version_0" in printed and "tensorboard" in printed
+
+
+def test_validate_repeats_the_runs_own_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    run = experiment.run(load())
+    summary = runs.read_summary(run)
+    for path in (run, run.parent, Path("tiny.yaml")):
+        results = experiment.evaluate(path)
+        assert {tag: results[tag] for tag in results if tag.startswith("val/")} == pytest.approx(
+            {tag: value for tag, value in summary.items() if tag.startswith("val/")}, rel=1e-6
+        )
+    assert "val/bits_per_byte" in capsys.readouterr().out
+    assert set(experiment.evaluate(run, which="test")) >= {"test/loss", "test/perplexity@8"}
+    with pytest.raises(ValueError, match="no run here"):
+        experiment.evaluate("tiny.yaml", ["name=other"])
+
+
+def test_the_same_recipe_gives_the_same_run() -> None:
+    first, second = experiment.run(load()), experiment.run(load())
+    assert second.name == "version_1"
+    assert curve(first, "train/loss") == curve(second, "train/loss")
+    assert all(torch.equal(x, y) for x, y in zip(*(final_weights(r).values() for r in (first, second)), strict=True))
+    other = experiment.run(load("seed=2"))
+    assert curve(other, "train/loss") != curve(first, "train/loss")
+
+
+def test_accumulation_gives_the_run_of_the_larger_batch() -> None:
+    whole = experiment.run(load("data.batch_size=4"))
+    split = experiment.run(load("data.batch_size=2", "trainer.accumulate_grad_batches=2"))
+    assert curve(split, "train/loss") == pytest.approx(curve(whole, "train/loss"), rel=1e-5)
+    assert curve(split, "train/grad_norm") == pytest.approx(curve(whole, "train/grad_norm"), rel=1e-4)
+
+
+def test_resume_auto_goes_on_in_the_same_directory() -> None:
+    whole = experiment.run(load("optimizer.schedule=constant"))
+    part = experiment.run(load("optimizer.schedule=constant", "name=part", "trainer.max_steps=4"))
+    again = experiment.run(load("optimizer.schedule=constant", "name=part", "resume=auto"))
+    assert again == part
+    for tag in ("train/loss", "val/loss", "train/grad_norm"):
+        assert curve(again, tag) == pytest.approx(curve(whole, tag), rel=1e-6), tag
+    assert all(torch.equal(x, final_weights(whole)[key]) for key, x in final_weights(again).items())
+    board = EventAccumulator(str(again)).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [2, 4, 6]
+
+
+def test_resume_auto_of_a_finished_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    run = experiment.run(load())
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    assert experiment.run(load("resume=auto")) == run
+    assert "has finished its 6 steps" in capsys.readouterr().out
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+def test_resume_auto_without_a_run_starts_one() -> None:
+    assert experiment.run(load("resume=auto")) == Path("runs/tiny/version_0")
+
+
+def test_resume_from_a_path_forks() -> None:
+    first = experiment.run(load("trainer.max_steps=4"))
+    fork = experiment.run(load(f"resume={first}", "name=fork"))
+    assert fork == Path("runs/fork/version_0")
+    assert set(curve(fork, "train/loss")) == {6}
+
+
+def test_another_recipe_cannot_resume() -> None:
+    experiment.run(load())
+    with pytest.raises(ValueError, match=r"model\.dim: 16 there, 32 here.*only trainer\.max_steps"):
+        experiment.run(load("resume=auto", "model.dim=32", "trainer.max_steps=8"))
+
+
+def test_init_from_takes_the_weights_alone() -> None:
+    first = experiment.run(load())
+    task = experiment.build_task(load(f"init_from={first}"))
+    for key, value in task.model.state_dict().items():
+        assert torch.equal(value, final_weights(first)[f"model.{key}"])
+    again = experiment.run(load(f"init_from={first}", "name=tuned"))
+    assert set(curve(again, "train/loss")) == {2, 4, 6}
+    with pytest.raises(ValueError, match=r"do not fit this model: embedding.weight is \(257, 16\) there"):
+        experiment.build_task(load(f"init_from={first}", "model.dim=32"))
+    with pytest.raises(ValueError, match="blocks.2.attention.norm.weight is only here"):
+        experiment.build_task(load(f"init_from={first}", "model.layers=3"))
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_without_running_it() -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return (exec, ("open('executed', 'w')",))
+
+    torch.save({"state_dict": Payload()}, "bad.ckpt")
+    with pytest.raises(ValueError, match=r"bad\.ckpt is not a checkpoint"):
+        experiment.build_task(load("init_from=bad.ckpt"))
+    assert not Path("executed").exists()
+
+
+def test_a_run_that_fails_says_so_in_its_summary(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longnet_kit.tasks import LanguageModeling
+
+    step = LanguageModeling.training_step
+
+    def failing(self: LanguageModeling, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 3:
+            raise RuntimeError("the power went")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModeling, "training_step", failing)
+    with pytest.raises(RuntimeError, match="the power went"):
+        experiment.run(load())
+    assert runs.read_summary(Path("runs/tiny/version_0"))["status"] == "failed"
+
+
+@pytest.mark.parametrize("overrides", [["trainer.accelerator=cuda"], ["trainer.accelerator=cpu", "trainer.devices=-1"]])
+def test_a_trainer_that_cannot_be_had_is_the_users_error(overrides: list[str]) -> None:
+    if "cuda" in overrides[0] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match="trainer"):
+        experiment.run(load(*overrides))
+
+
+def test_show_counts_without_weights() -> None:
+    text = experiment.show(recipe.load("paper/longnet_32k"))
+    assert "dilation_rates" in text and "parameters       " in text and "FLOPs per token" in text
+    assert "parameters       " in experiment.show(load())
+
+
+def test_two_processes_train_as_one() -> None:
+    """DDP through the command line: the same global batch, so the same curve."""
+    run = experiment.run(load("data.batch_size=4"))
+    command = [sys.executable, "-m", "longnet_kit.cli", "fit", "tiny.yaml", "name=two", "data.batch_size=2"]
+    command += ["trainer.devices=2", "trainer.accelerator=cpu", "strategy.name=ddp"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    two = Path("runs/two/version_0")
+    assert [path.name for path in two.parent.iterdir()] == ["version_0"]
+    for tag in ("train/loss", "train/grad_norm", "val/loss", "val/perplexity@8"):
+        assert curve(two, tag) == pytest.approx(curve(run, tag), rel=1e-4), tag

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from longnet_kit import runs
+
+
+def test_versions_are_claimed_once_each(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(lambda _: runs.claim("a", tmp_path), range(24)))
+    assert sorted(claimed) == sorted({tmp_path / "a" / f"version_{n}" for n in range(24)})
+    assert runs.versions("a", tmp_path)[-1].name == "version_23"  # by number, not by text
+
+
+def test_a_run_is_found_by_its_directory_or_by_its_name(tmp_path: Path) -> None:
+    for number in (2, 10):
+        directory = tmp_path / "a" / f"version_{number}"
+        directory.mkdir(parents=True)
+        (directory / "recipe.yaml").touch()
+    (tmp_path / "a" / "version_11").mkdir()  # nothing in it
+    assert runs.find(tmp_path / "a") == tmp_path / "a" / "version_10"
+    assert runs.find(tmp_path / "a" / "version_2") == tmp_path / "a" / "version_2"
+    with pytest.raises(ValueError, match=r"no run here.*there are: .*/a"):
+        runs.find(tmp_path / "b")
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        runs.checkpoint(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    for step in (900, 1000, 20):
+        (tmp_path / "checkpoints" / f"step_{step:08d}.ckpt").touch()
+    assert runs.checkpoint(tmp_path).name == "step_00001000.ckpt"
+
+
+def test_a_summary_is_plain_json(tmp_path: Path) -> None:
+    assert runs.read_summary(tmp_path) == {}
+    runs.write_summary(tmp_path, "finished", {"val/loss": 1.5, "train/loss": float("nan")})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "status": "finished",
+        "train/loss": None,
+        "val/loss": 1.5,
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_metrics_are_kept_up_to_a_step(tmp_path: Path) -> None:
+    assert runs.metrics_until(tmp_path, 10) == []
+    (tmp_path / "metrics.csv").write_text("step,train/loss,val/loss\n10,2.5,\n10,,2.0\n20,2.0,\n")
+    assert runs.metrics_until(tmp_path, 10) == [{"step": "10", "train/loss": "2.5"}, {"step": "10", "val/loss": "2.0"}]
