@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 import time
@@ -205,15 +206,18 @@ def _trainer(r: Recipe, **own: Any) -> Trainer:
     if isinstance(arguments["val_check_interval"], int):
         arguments["val_check_interval"] = min(arguments["val_check_interval"], batches)
     strategy = "auto" if r.strategy.name == "auto" else r.strategy.name
-    with _lightning_errors(), warnings.catch_warnings():
+    with _lightning_errors():
         return Trainer(**arguments, strategy=strategy, use_distributed_sampler=False, enable_model_summary=False, **own)
 
 
 @contextmanager
 def _lightning_errors() -> Iterator[None]:
-    """What Lightning finds wrong with a configuration is the user's error too."""
+    """What Lightning finds wrong with a configuration is the user's error too; its advertisements are not shown."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
+            yield
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
 
@@ -233,13 +237,14 @@ def _closing_lines(directory: Path, status: str, steps: int, seconds: float, sca
     numbers = "  ".join(f"{tag} {_si(scalars[tag]) if scalars[tag] >= 1000 else f'{scalars[tag]:.3f}'}"
                         for tag in tags if tag in scalars)  # fmt: skip
     command = os.environ.get("LONGNET_COMMAND", "longnet")
-    tensorboard = os.path.relpath(Path(sys.executable).with_name("tensorboard"))
+    tensorboard = Path(sys.executable).with_name("tensorboard")
+    board = min(str(tensorboard), os.path.relpath(tensorboard), key=len)
     return "\n".join(
         [
             f"{status}  {directory}: {steps} steps in {seconds:.0f} s",
             f"          {numbers}",
             f"next      {command} test {directory}",
-            f"          {tensorboard} --logdir {runs.ROOT}",
+            f"          {board} --logdir {runs.ROOT}",
         ]
     )
 

@@ -1,7 +1,7 @@
 """Importing the modules of a recipe's `imports`, which register plug-ins.
 
-An entry is `module` (dotted if it is in a package), or `folder/module`. It is looked up beside the recipe, in the working
-directory, then on sys.path.
+An entry is `module` (dotted if it is in a package), or `folder/module`. It is looked up beside the recipe, in the
+working directory, then on sys.path.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def load(entry: str, folders: Sequence[Path] = ()) -> str:
 
 @contextmanager
 def _search_first(folders: list[str]) -> Iterator[None]:
-    """Search `folders` before sys.path, and from then on after it, so that what a plug-in imports later is found too."""
+    """Search `folders` before sys.path, and from then on after it: what a plug-in imports later is found too."""
     before = list(sys.path)
     sys.path[:0] = folders
     importlib.invalidate_caches()

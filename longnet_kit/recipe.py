@@ -1,8 +1,8 @@
 """The recipe of an experiment: typed defaults <- what it extends <- its file <- the command line's key.path=value.
 
-Mappings merge, lists replace, later layers win; a layer that changes a selector (`model.attention.backend`, `data.source`,
-`strategy.name`) starts that mapping afresh. Everything wrong in any layer is told at once, with the line it stands in,
-before anything is built. Importing this imports neither torch nor Lightning; loading a recipe does.
+Mappings merge, lists replace, later layers win; a layer that changes a selector (`model.attention.backend`,
+`data.source`, `strategy.name`) starts that mapping afresh. Everything wrong in any layer is told at once, with the line it
+stands in, before anything is built. Importing this imports neither torch nor Lightning; loading a recipe does.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What is wrong with the merged keys of a recipe: unknown, mistyped, out of range, at odds with each other.
 
-Every check adds to one list. Registries and Lightning are imported here, lazily, since their classes say what is allowed.
+Every check adds to one list. Registries and Lightning are imported lazily, since their classes say what is allowed.
 """
 
 from __future__ import annotations
@@ -177,21 +177,16 @@ def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
         rest = f"with model.heads: {heads}; dim must be a multiple of heads, {_multiples(dim, heads)}"
         check(dim % heads != 0, f"got {dim} {rest}", "model.dim", "model.heads")
         odd = dim % heads == 0 and dim // heads % 2 == 1 and positions in ("rope", "xpos")
+        each = f"but heads have {dim // heads} (dim {dim} / heads {heads})"
         remedy = "choose dim and heads so that dim / heads is even, or positions: none"
-        check(
-            odd,
-            f"got {positions!r}, which turns pairs of dimensions, but heads have {dim // heads} (dim {dim} / heads {heads}); {remedy}",
-            "model.positions",
-            "model.dim",
-            "model.heads",
-        )
+        message = f"got {positions!r}, which turns pairs of dimensions, {each}; {remedy}"
+        check(odd, message, "model.positions", "model.dim", "model.heads")
     acausal = model.get("causal") is False
-    xpos = (
-        "got 'xpos' with model.causal: false; xpos decays with distance only towards earlier tokens: use rope or none"
-    )
-    check(acausal and positions == "xpos", xpos, "model.positions", "model.causal")
+    seen = acausal and values.get("task") == "language_modeling"
     told = "got false, but language_modeling predicts the next token, which such a model sees; set it to true"
-    check(acausal and values.get("task") == "language_modeling", told, "model.causal", "task")
+    check(seen, told, "model.causal", "task")
+    xpos = "got 'xpos' with model.causal: false; its decay becomes growth towards later tokens: use rope or none"
+    check(acausal and not seen and positions == "xpos", xpos, "model.positions", "model.causal")
     contexts = data.get("eval_contexts")
     if isinstance(contexts, list):
         twice = sorted({c for c in contexts if isinstance(c, int) and contexts.count(c) > 1})

@@ -1,4 +1,4 @@
-"""The table of `longnet list`: every recipe that is at hand, with its line. Reads the files, but does not check them."""
+"""The table of `longnet list`: every recipe at hand, with its line. Reads the files, but does not check them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which keys a recipe has: their types, ranges and defaults, as dataclasses; and what the kit asks of Trainer arguments.
+"""Which keys a recipe has: their types, ranges and defaults, as dataclasses; and what is asked of Trainer arguments.
 
 Only what one key allows by itself is said here. How keys must fit together is in recipe_checks.
 """

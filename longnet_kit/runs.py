@@ -48,7 +48,7 @@ def find(path: Path) -> Path:
     newest = [d for d in versions(path.name, path.parent) if (d / RECIPE).is_file()]
     if newest:
         return newest[-1]
-    present = sorted(str(d.parent) for d in path.parent.glob(f"*/{RECIPE}")) if path.parent.is_dir() else []
+    present = sorted(str(d.parent) for d in path.parent.glob(f"**/{RECIPE}")) if path.parent.is_dir() else []
     hint = f"; there are: {', '.join(present)}" if present else ""
     raise ValueError(
         f"{path}: no run here (no {RECIPE}, no version_<n> that has one); give a directory like "

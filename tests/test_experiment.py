@@ -60,7 +60,7 @@ def test_a_run_leaves_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -
     run = experiment.run(load())
     assert run == Path("runs/tiny/version_0")
     names = {path.name.split(".")[0] for path in run.iterdir()}
-    assert names == {"recipe", "events", "metrics", "checkpoints", "summary"}
+    assert names == {"recipe", "events", "metrics", "hparams", "checkpoints", "summary"}
     assert recipe.to_dict(recipe.load(run / "recipe.yaml")) == recipe.to_dict(load())
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
         "step_00000004.ckpt",

@@ -1,4 +1,4 @@
-"""Recipes: which layer wins, what is read from YAML, what comes back from a saved one, and that the shipped ones work."""
+"""Recipes: which layer wins, what is read from YAML, what comes back from a file, and that the shipped ones work."""
 
 from __future__ import annotations
 
@@ -293,7 +293,8 @@ def test_heads_of_odd_size_are_fine_without_positions() -> None:
 @pytest.mark.parametrize("name", recipe_schema.TRAINER_REFUSED)
 def test_the_trainer_arguments_of_the_kit_are_refused_with_the_reason(name: str) -> None:
     told = refusal("quickstart", f"trainer.{name}=1")
-    assert told == f"trainer.{name} (on the command line): a recipe cannot set it: {recipe_schema.TRAINER_REFUSED[name]}"
+    why = recipe_schema.TRAINER_REFUSED[name]
+    assert told == f"trainer.{name} (on the command line): a recipe cannot set it: {why}"
 
 
 def test_other_trainer_arguments_pass_and_keep_the_kits_defaults(tmp_path: Path) -> None:
@@ -456,7 +457,9 @@ def test_imports_are_found_beside_the_recipe_and_again_from_its_run(
     recipe.save(r, saved)
     program = "from longnet_kit import recipe; print(recipe.load('runs/x/recipe.yaml').model.attention)"
     environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "PATH": ""}
-    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert ended.stdout.strip() == "{'backend': 'beside', 'size': 3}", ended.stderr
 
 
@@ -525,6 +528,7 @@ def test_two_plugins_of_one_name_are_not_mixed_up(tmp_path: Path) -> None:
 
 
 def test_importing_the_module_is_light() -> None:
-    program = "import sys; from longnet_kit import recipe; print(*sorted({'torch', 'lightning', 'omegaconf'} & set(sys.modules)))"
+    heavy = "{'torch', 'lightning', 'omegaconf'}"
+    program = f"import sys; from longnet_kit import recipe; print(*sorted({heavy} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == ""

@@ -24,7 +24,7 @@ def test_a_run_is_found_by_its_directory_or_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "a" / "version_11").mkdir()  # nothing in it
     assert runs.find(tmp_path / "a") == tmp_path / "a" / "version_10"
     assert runs.find(tmp_path / "a" / "version_2") == tmp_path / "a" / "version_2"
-    with pytest.raises(ValueError, match=r"no run here.*there are: .*/a"):
+    with pytest.raises(ValueError, match=r"no run here.*there are: .*/a/version_2"):
         runs.find(tmp_path / "b")
 
 

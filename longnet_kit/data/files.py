@@ -219,7 +219,8 @@ def _boundary(file: BinaryIO, target: int) -> int:
     if newline >= 0:
         return max(0, target - 1) + newline + 1
     file.seek(target)
-    return target + next((i for i, byte in enumerate(file.read(3)) if byte & 0xC0 != 0x80), 0)
+    following = file.read(3)  # a character has at most three bytes after its first
+    return target + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
 
 
 def _parts(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:

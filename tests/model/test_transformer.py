@@ -220,11 +220,14 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 def test_dropout_is_on_the_embedding_and_on_each_sublayer() -> None:
-    """With everything dropped, nothing reaches the last norm."""
+    """With everything dropped, a block gives what it got, and the first one gets nothing."""
     net = network()
     for module in net.modules():
         if isinstance(module, nn.Dropout):
             module.p = 1.0
+    x = torch.randn(2, SEQ_LEN, 32)
+    for block in net.blocks:
+        assert torch.equal(block(x, None, None), x)
     assert net.hidden(some_tokens()).abs().max() == 0
 
 
