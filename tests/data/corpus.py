@@ -35,7 +35,9 @@ def counted(tokens: dict[str, int]) -> Given:
 def module(cache_dir: Path, windows: int = 50, seq_len: int = 16, **options: Any) -> LanguageModelingData:
     """A data module over that many windows of training text, and 11 each to validate and test on; built, and open."""
     source = counted({"train": windows * seq_len, "val": 11 * seq_len, "test": 11 * seq_len})
-    made = LanguageModelingData(source, "bytes", cache_dir=cache_dir, **{"seq_len": seq_len, "batch_size": 4, **options})
+    made = LanguageModelingData(
+        source, "bytes", cache_dir=cache_dir, **{"seq_len": seq_len, "batch_size": 4, **options}
+    )
     made.prepare_data()
     made.setup()
     return made

@@ -177,7 +177,9 @@ def test_a_resumed_run_equals_the_undisturbed_one(workers: int, accumulate: int,
     started = trainer(tmp_path, max_steps=5, **options)
     started.fit(first, datamodule=module(tmp_path, num_workers=workers))
     started.save_checkpoint(tmp_path / "at_5.ckpt")
-    trainer(tmp_path, **options).fit(second, datamodule=module(tmp_path, num_workers=workers), ckpt_path=tmp_path / "at_5.ckpt")
+    trainer(tmp_path, **options).fit(
+        second, datamodule=module(tmp_path, num_workers=workers), ckpt_path=tmp_path / "at_5.ckpt"
+    )
     assert first.windows + second.windows == whole.windows
     assert first.losses + second.losses == whole.losses
     assert torch.equal(second.table.weight, whole.table.weight)
@@ -195,7 +197,9 @@ def test_a_run_resumes_from_a_checkpoint_of_its_middle(
     whole, resumed = task(), task()
     trainer(tmp_path, callbacks=[saver], **options).fit(whole, datamodule=module(tmp_path))
     assert whole.windows == expected(12)
-    trainer(tmp_path, **options).fit(resumed, datamodule=module(tmp_path), ckpt_path=tmp_path / f"step={save_every}.ckpt")
+    trainer(tmp_path, **options).fit(
+        resumed, datamodule=module(tmp_path), ckpt_path=tmp_path / f"step={save_every}.ckpt"
+    )
     assert resumed.windows == whole.windows[save_every:]
     assert torch.equal(resumed.table.weight, whole.table.weight)
     assert {tuple(batch) for batch in whole.evaluated} == {

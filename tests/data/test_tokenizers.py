@@ -124,7 +124,9 @@ def test_tiktoken_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     tokenizer = tokenizers.build("cl100k_base")
     assert (tokenizer.vocab_size, tokenizer.eos) == (100277, 100257), "known without any download"
-    with pytest.raises(DataError, match="'cl100k_base' could not be fetched.*name not known.*TIKTOKEN_CACHE_DIR.*bytes"):
+    with pytest.raises(
+        DataError, match="'cl100k_base' could not be fetched.*name not known.*TIKTOKEN_CACHE_DIR.*bytes"
+    ):
         tokenizer.encode("text")
 
 
