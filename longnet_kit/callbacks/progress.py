@@ -60,7 +60,8 @@ class Reporter(ProgressBar):
     def evaluation_words(scalars: Mapping[str, Any], stage: str) -> str:
         """Every scalar of a validation or test, without the stage's name."""
         own = {tag.removeprefix(f"{stage}/"): value for tag, value in scalars.items() if tag.startswith(f"{stage}/")}
-        return "  ".join(f"{tag.replace('_', ' ')} {float(value):.4g}" for tag, value in sorted(own.items()))
+        in_order = sorted(own, key=lambda tag: (len(tag.partition("@")[2]), tag))  # contexts last
+        return "  ".join(f"{tag.replace('_', ' ')} {float(own[tag]):.4g}" for tag in in_order)
 
 
 class Lines(Reporter):

@@ -56,6 +56,12 @@ def test_lines_keep_their_distance(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[1] for line in lines] == ["1/6", "6/6"]
 
 
+def test_contexts_come_last_in_order_of_length() -> None:
+    scalars = {f"val/perplexity@{n}": n for n in (1024, 256, 2048)} | {"val/loss": 2.5, "train/loss": 1, "val/x_y": 3}
+    words = "loss 2.5  x y 3  perplexity@256 256  perplexity@1024 1024  perplexity@2048 2048"
+    assert Lines.evaluation_words(scalars, "val") == words
+
+
 def test_time_left_is_at_the_pace_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     class At:
         max_steps = 250

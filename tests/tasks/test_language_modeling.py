@@ -112,6 +112,18 @@ def test_callbacks_can_monitor_what_is_logged(tmp_path: Path) -> None:
     assert steps.seen[2][1]["val/loss"] == pytest.approx(found["val/loss"][2])
 
 
+def test_what_was_logged_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
+    """So that a run that is killed keeps its curves."""
+    on_disk: list[list[int]] = []
+
+    class Read(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            on_disk.append(list(logged(tmp_path)["train/loss"]))
+
+    trainer(tmp_path, Read(), max_steps=3).fit(task(3), datamodule=Data())
+    assert on_disk == [[1], [1, 2], [1, 2, 3]]
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_step_axis_counts_optimizer_steps(tmp_path: Path, accumulate: int) -> None:
     saving = ModelCheckpoint(tmp_path / "c", filename="{step}", every_n_train_steps=2, save_top_k=-1)
