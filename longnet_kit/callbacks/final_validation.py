@@ -18,7 +18,7 @@ class FinalValidation(Callback):
         self._asked = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step == trainer.max_steps and trainer.enable_validation and not trainer.should_stop:
+        if trainer.global_step == trainer.max_steps and not trainer.should_stop:
             trainer.should_stop = self._asked = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -38,15 +38,16 @@ def test_without_validation_nothing_is_asked_for(tmp_path: Path) -> None:
     assert "val/loss" not in logged(tmp_path)
 
 
-def test_a_real_stop_stays_a_stop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_real_stop_stays_a_stop(tmp_path: Path, step: int) -> None:
     class Stop(Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            trainer.should_stop = trainer.global_step == 2
+            trainer.should_stop = trainer.global_step == step
 
     run = trainer(tmp_path, Stop(), FinalValidation())
     run.fit(task(), datamodule=Data())
-    assert run.should_stop and run.global_step == 2
-    assert list(logged(tmp_path)["val/loss"]) == [2]
+    assert run.should_stop and run.global_step == step
+    assert list(logged(tmp_path)["val/loss"]) == [step]
 
 
 def test_early_stopping_at_the_last_validation_is_not_taken_back(tmp_path: Path) -> None:

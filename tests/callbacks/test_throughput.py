@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from lightning import Callback
 
 from longnet_kit.callbacks import Throughput, throughput
-from tests.tasks.tiny import BATCH, SEQ_LEN, Data, logged, task, trainer
+from tests.tasks.tiny import BATCH, SEQ_LEN, Data, Windows, logged, task, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
@@ -65,6 +66,28 @@ def test_tokens_of_every_micro_batch_count_and_validation_does_not(
     flops = ours.model.flops(SEQ_LEN)
     assert flops is not None
     assert found["train/mfu"] == pytest.approx(dict.fromkeys((2, 4, 6), 3 * flops * BATCH / 1e6))
+
+
+def test_the_tokens_of_all_ranks_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so do their devices: the same rate per device is the same MFU."""
+    recorded: dict[int, dict[str, float]] = {}
+    ours = task()
+    for ranks in (1, 4):
+        clock = Clock(monkeypatch)
+        monkeypatch.setattr(
+            throughput, "record", lambda module, rates, step, ranks=ranks: recorded.update({ranks: rates})
+        )
+        loop = SimpleNamespace(_should_accumulate=lambda: False)
+        run = SimpleNamespace(
+            world_size=ranks, precision="32-true", global_step=0, max_steps=9, log_every_n_steps=1, fit_loop=loop
+        )
+        callback = Throughput()
+        callback.on_train_start(run, ours)  # type: ignore[arg-type]
+        run.global_step, clock.now = 1, clock.now + 2
+        callback.on_train_batch_end(run, ours, None, Windows(9).batch(0, 1), 0)  # type: ignore[arg-type]
+    assert recorded[1]["train/tokens_per_second"] == SEQ_LEN
+    assert recorded[4]["train/tokens_per_second"] == 4 * SEQ_LEN
+    assert recorded[4]["train/mfu"] == pytest.approx(recorded[1]["train/mfu"])
 
 
 def test_a_run_of_one_step_has_a_rate_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
