@@ -6,6 +6,7 @@ stay behind in `callback_metrics`, where ModelCheckpoint reads it. So during fit
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 from lightning import LightningModule, Trainer
@@ -28,7 +29,9 @@ def record(module: LightningModule, scalars: Mapping[str, Tensor | float], step:
     values = {tag: float(value) for tag, value in scalars.items()}
     fitting = trainer.state.fn == TrainerFn.FITTING
     # Outside fit Lightning writes them itself, and returns them from validate() and test().
-    module.log_dict(values, logger=not fitting, sync_dist=not trainer.training)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*but have no logger configured")
+        module.log_dict(values, logger=not fitting, sync_dist=not trainer.training)
     if fitting:
         for logger in trainer.loggers:
             logger.log_metrics(values, step)

@@ -184,6 +184,7 @@ def test_a_context_that_no_sequence_holds_is_refused() -> None:
         task(eval_contexts=[4, 17])
 
 
+@pytest.mark.filterwarnings("error:.*no logger configured")
 def test_without_a_byte_count_there_are_no_bits_per_byte() -> None:
     loader = torch.utils.data.DataLoader(Windows(4), BATCH)
     (found,) = trainer().validate(task(), loader, verbose=False)
