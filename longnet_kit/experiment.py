@@ -162,6 +162,7 @@ def _fit(r: Recipe, task: LightningModule, datamodule: LightningDataModule, dire
             trainer.save_checkpoint(last)
     finally:
         if trainer.is_global_zero:
+            (directory / "hparams.yaml").unlink(missing_ok=True)  # the loggers', empty: recipe.yaml says it all
             runs.write_summary(directory, status, last_values.values)
     if trainer.is_global_zero:
         _say(_closing_lines(directory, status, trainer.global_step, time.monotonic() - started, last_values.values))

@@ -49,6 +49,9 @@ def is_finished(directory: Path, r: Recipe) -> bool:
 def _check_same(r: Recipe, run_directory: Path) -> None:
     """Refuse to resume a run under a recipe that would make it another experiment."""
     saved, now = (_flat(recipe.to_dict(x)) for x in (recipe.load(run_directory / runs.RECIPE), r))
+    fewest = min(x["trainer.max_steps"] for x in (saved, now))
+    for values in (saved, now):  # a warm-up that was clipped to the steps of either is the same warm-up
+        values["optimizer.warmup_steps"] = min(values["optimizer.warmup_steps"], fewest)
     free = ("resume", "name", "description", "extends", *(".".join(key) for key in FREE_ON_RESUME))
     changed = [
         f"{key}: {saved.get(key)!r} there, {now.get(key)!r} here"

@@ -60,7 +60,7 @@ def test_a_run_leaves_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -
     run = experiment.run(load())
     assert run == Path("runs/tiny/version_0")
     names = {path.name.split(".")[0] for path in run.iterdir()}
-    assert names == {"recipe", "events", "metrics", "hparams", "checkpoints", "summary"}
+    assert names == {"recipe", "events", "metrics", "checkpoints", "summary"}
     assert recipe.to_dict(recipe.load(run / "recipe.yaml")) == recipe.to_dict(load())
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
         "step_00000004.ckpt",
@@ -136,6 +136,13 @@ def test_resume_auto_of_a_finished_run_says_so(capsys: pytest.CaptureFixture[str
 
 def test_resume_auto_without_a_run_starts_one() -> None:
     assert experiment.run(load("resume=auto")) == Path("runs/tiny/version_0")
+
+
+def test_a_warm_up_clipped_to_fewer_steps_does_not_bar_more(capsys: pytest.CaptureFixture[str]) -> None:
+    run = experiment.run(load("optimizer.warmup_steps=5", "trainer.max_steps=3"))
+    assert "warmup_steps 5 clipped to trainer.max_steps 3" in capsys.readouterr().out
+    assert experiment.run(load("optimizer.warmup_steps=5", "resume=auto")) == run
+    assert runs.read_summary(run)["status"] == "finished"
 
 
 def test_resume_from_a_path_forks() -> None:
