@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 
@@ -88,7 +88,7 @@ def _failure(entry: str, module: str, error: BaseException, places: Sequence[Pat
     return f"importing {entry!r} failed: {own[-1].filename}:{own[-1].lineno}: {line}"
 
 
-def _location(spec: importlib.machinery.ModuleSpec | None) -> Path | None:
+def _location(spec: ModuleSpec | None) -> Path | None:
     """The file of a module, or the folder of a package."""
     if spec is None:
         return None

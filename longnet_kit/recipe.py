@@ -1,8 +1,8 @@
 """The recipe of an experiment: typed defaults <- what it extends <- its file <- the command line's key.path=value.
 
 Mappings merge, lists replace, later layers win; a layer that changes a selector (`model.attention.backend`,
-`data.source`, `strategy.name`) starts that mapping afresh. Everything wrong in any layer is told at once, with the line it
-stands in, before anything is built. Importing this imports neither torch nor Lightning; loading a recipe does.
+`data.source`, `strategy.name`) starts that mapping afresh. Everything wrong in any layer is told at once, with the line
+it stands in, before anything is built. Importing this imports neither torch nor Lightning; loading a recipe does.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from longnet_kit import plugins, recipe_files, shipped, typed
-from longnet_kit.recipe_files import Layer, Problem
+from longnet_kit import interpolation, plugins, recipe_files, shipped, typed
+from longnet_kit.recipe_files import Layer
 from longnet_kit.recipe_schema import (
     SECTIONS,
     SELECTORS,
@@ -30,6 +30,7 @@ from longnet_kit.recipe_schema import (
     Strategy,
     names,
 )
+from longnet_kit.recipe_yaml import Dumper, Problem
 
 __all__ = [
     "Checkpoint", "Data", "Model", "Optimizer", "Recipe", "RecipeError", "Strategy", "dumps", "load", "parse_options",
@@ -70,7 +71,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(subject, problems)
     layers = [*files, dotlist]
     merged = reduce(overlay, (layer.values for layer in layers), defaults())
-    merged, wrong = _interpolate(merged)
+    merged, wrong = interpolation.resolve(merged)
     wrong += _import(merged, layers)
 
     from longnet_kit import recipe_checks  # torch and Lightning, in whose classes the allowed keys are written
@@ -109,9 +110,8 @@ def to_dict(recipe: Recipe) -> Values:
 
 def dumps(recipe: Recipe) -> str:
     """The recipe as YAML that `load` reads back as it is."""
-    return yaml.dump(
-        _escape(to_dict(recipe)), Dumper=recipe_files.Dumper, sort_keys=False, allow_unicode=True, width=120
-    )
+    values = interpolation.escape(to_dict(recipe))
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def save(recipe: Recipe, path: str | Path) -> None:
@@ -172,59 +172,6 @@ def _import(merged: Values, layers: Iterable[Layer]) -> list[typed.Problem]:
     return problems
 
 
-def _interpolate(values: Values) -> tuple[Values, list[typed.Problem]]:
-    """Replace `${key.path}` by what stands there; what cannot be replaced becomes null and a problem."""
-    if "${" not in repr(values):
-        return values, []
-    from omegaconf import Container, DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    problems: list[typed.Problem] = []
-
-    def complain(key: str, error: object) -> None:
-        reason = str(error).splitlines()[0]
-        message = (
-            f"{reason}; ${{key.path}} stands for another key of the recipe, and \\${{ for the characters themselves"
-        )
-        problems.append(typed.Problem(key, message))
-
-    def well_formed(value: Any, key: str) -> Any:
-        if isinstance(value, dict):
-            return {name: well_formed(item, typed.join(key, name)) for name, item in value.items()}
-        if isinstance(value, list):
-            return [well_formed(item, f"{key}[{i}]") for i, item in enumerate(value)]
-        try:
-            OmegaConf.create([value])
-        except OmegaConfBaseException as error:
-            complain(key, f"got {value!r}: {error}")
-            return None
-        return value
-
-    def resolved(container: Any, name: str | int, key: str) -> Any:
-        try:
-            value = container[name]
-        except (OmegaConfBaseException, RecursionError) as error:
-            complain(key, error)
-            return None
-        if not isinstance(value, Container):
-            return value
-        if isinstance(value, DictConfig):
-            return {str(n): resolved(value, n, typed.join(key, str(n))) for n in value}
-        return [resolved(value, i, f"{key}[{i}]") for i in range(len(value))]
-
-    config = OmegaConf.create(well_formed(values, ""))
-    return {str(name): resolved(config, name, str(name)) for name in config}, problems
-
-
-def _escape(value: Any) -> Any:
-    """Keep `${` in text from being read as an interpolation."""
-    if isinstance(value, dict):
-        return {key: _escape(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_escape(item) for item in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
 def _first_of_each_key(problems: Iterable[Problem]) -> list[Problem]:
     """One problem per key: a value that could not be read or resolved is not to be told of as null or missing too."""
     seen: set[str] = set()
@@ -250,15 +197,15 @@ def _place(problem: typed.Problem, layers: Sequence[Layer], file: Path | None) -
 
 def _construct(values: Values) -> Recipe:
     """The typed recipe, from values that were checked."""
-    sections: dict[str, Any] = {}
-    for name, cls in SECTIONS.items():
-        known = names(cls)
-        sections[name] = {key: value for key, value in values[name].items() if key in known}
-    options = {key: value for key, value in values["data"].items() if key not in names(Data)}
-    sections["data"]["options"] = options
-    sections["optimizer"]["betas"] = tuple(sections["optimizer"]["betas"])
-    rest = {key: value for key, value in values.items() if key not in SECTIONS}
-    return Recipe(**(rest | {name: cls(**sections[name]) for name, cls in SECTIONS.items()} | {"extends": None}))
+    data = values["data"]
+    options = {key: value for key, value in data.items() if key not in names(Data)}
+    arguments = values | {
+        "data": {key: value for key, value in data.items() if key not in options} | {"options": options},
+        "optimizer": values["optimizer"] | {"betas": tuple(values["optimizer"]["betas"])},
+        "extends": None,
+    }
+    arguments |= {name: cls(**arguments[name]) for name, cls in SECTIONS.items()}
+    return Recipe(**arguments)
 
 
 def _clip(recipe: Recipe) -> Recipe:

@@ -40,7 +40,8 @@ def problems(values: Values) -> list[Problem]:
     for name, section in schema.SECTIONS.items():
         mapping = values.get(name)
         if not isinstance(mapping, dict):
-            found.append(Problem(name, f"got {mapping!r}, expected a mapping; leave {name} out for its defaults"))
+            given = "null" if mapping is None else repr(mapping)
+            found.append(Problem(name, f"got {given}, expected a mapping; leave {name} out for its defaults"))
         elif name == "data":
             own = {key: value for key, value in mapping.items() if key in schema.names(section)}
             found += _function_problems(section, own, name, known)
@@ -101,14 +102,16 @@ def _trainer_problems(trainer: Any, known: Iterable[str]) -> list[Problem]:
     from lightning import Trainer
 
     if not isinstance(trainer, dict):
-        return [Problem("trainer", f"got {trainer!r}, expected a mapping that has at least max_steps")]
+        given = "null" if trainer is None else repr(trainer)
+        return [Problem("trainer", f"got {given}, expected a mapping that has at least max_steps")]
     found = [
         Problem(f"trainer.{name}", f"a recipe cannot set it: {why}")
         for name, why in schema.TRAINER_REFUSED.items()
         if name in trainer
     ]
-    for name in trainer.keys() & schema.TRAINER_TYPES.keys():
-        found += typed.value_problems(trainer[name], schema.TRAINER_TYPES[name], f"trainer.{name}")
+    for name, value in trainer.items():
+        if name in schema.TRAINER_TYPES:
+            found += typed.value_problems(value, schema.TRAINER_TYPES[name], f"trainer.{name}")
     if "max_steps" not in trainer:
         found.append(Problem("trainer.max_steps", "missing; expected a whole number at least 1, the length of the run"))
     rest = _without(trainer, schema.TRAINER_REFUSED, *schema.TRAINER_TYPES)
@@ -172,8 +175,8 @@ def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
         allowed = "it names a folder: letters, digits, and . + - _ after the first, at most 100 of them"
         check(not fits, f"got {name!r}; {allowed}", "name")
     check("\n" in str(values.get("description", "")), "has several lines, expected one", "description")
-    dim, heads, positions = model.get("dim"), model.get("heads"), model.get("positions")
-    if _all_counts(dim, heads):
+    dim, heads, positions = _count(model.get("dim")), _count(model.get("heads")), model.get("positions")
+    if dim and heads:
         rest = f"with model.heads: {heads}; dim must be a multiple of heads, {_multiples(dim, heads)}"
         check(dim % heads != 0, f"got {dim} {rest}", "model.dim", "model.heads")
         odd = dim % heads == 0 and dim // heads % 2 == 1 and positions in ("rope", "xpos")
@@ -205,20 +208,21 @@ def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
 
 def _strategy_problems(strategy: Values, trainer: Values) -> list[tuple[tuple[str, ...], Problem]]:
     found: list[tuple[tuple[str, ...], Problem]] = []
-    name, size, devices = strategy.get("name"), strategy.get("sequence_parallel_size"), trainer.get("devices")
+    name, size = strategy.get("name"), _count(strategy.get("sequence_parallel_size"))
+    devices = _count(trainer.get("devices")) * _count(trainer.get("num_nodes", 1))
     if isinstance(name, str) and name not in schema.STRATEGIES:
         hint = typed.suggestion(name, schema.STRATEGIES)
         return [(("strategy.name",), Problem("strategy.name", f"got {name!r}; {hint}"))]
     key = "strategy.sequence_parallel_size"
-    if not isinstance(name, str) or not _all_counts(size) or size == 1:
+    if not isinstance(name, str) or size <= 1:
         return found
     if not name.startswith("sequence_parallel"):
         message = f"got {size} with strategy.name: {name}, which does not divide sequences; set it to 1"
         able = [s for s in schema.STRATEGIES if s.startswith("sequence_parallel")]
         message += f", or strategy.name to {' or '.join(able)}" if able else ""
         found.append(((key, "strategy.name"), Problem(key, message)))
-    elif _all_counts(devices) and devices * trainer.get("num_nodes", 1) % size:
-        message = f"got {size}, which does not divide the {devices * trainer.get('num_nodes', 1)} devices"
+    elif devices % size:
+        message = f"got {size}, which does not divide the {devices} devices"
         found.append(((key, "trainer.devices", "trainer.num_nodes"), Problem(key, message)))
     return found
 
@@ -247,6 +251,8 @@ def _known(values: Values) -> list[str]:
 def _meant(path: str, known: Iterable[str]) -> str:
     """A hint at the key that a misspelled or misplaced one is nearest to."""
     section, _, name = path.rpartition(".")
+    if path in known:
+        return f"write it as {section} with {name} inside it, not with a dot"
     if name in OTHER_NAMES:
         return f"did you mean {OTHER_NAMES[name]}?"
     scores: dict[str, float] = {}
@@ -269,8 +275,9 @@ def _multiples(dim: int, heads: int) -> str:
     return f"like {below} or {below + heads}" if below else f"like {heads}"
 
 
-def _all_counts(*values: Any) -> bool:
-    return all(isinstance(value, int) and not isinstance(value, bool) and value >= 1 for value in values)
+def _count(value: Any) -> int:
+    """The value where it is a whole number of at least 1, else 0."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else 0
 
 
 def _is_top_level(name: str) -> bool:

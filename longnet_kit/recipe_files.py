@@ -1,7 +1,6 @@
 """Recipe files and `key.path=value` items as layers: plain values, and the place where each of them stands.
 
-The YAML is 1.1 as PyYAML reads it, except that 3e-3 is a number, 010 and 2024-01-01 and 1:30 are text, and a key that
-stands twice is an error. No key is judged here.
+How YAML is read is recipe_yaml's business; no key is judged here.
 """
 
 from __future__ import annotations
@@ -17,21 +16,10 @@ from typing import Any
 import yaml
 
 from longnet_kit import typed
+from longnet_kit.recipe_yaml import Problem, Reader, reason
+from longnet_kit.recipe_yaml import place as place_of
 
 COMMAND_LINE = "on the command line"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong with a recipe: the key, where it stands, and what came and what would do."""
-
-    key: str
-    place: str
-    message: str
-
-    def __str__(self) -> str:
-        head = f"{self.key} ({self.place})" if self.key and self.place else self.key or self.place
-        return f"{head}: {self.message}" if head else self.message
 
 
 @dataclass
@@ -43,40 +31,6 @@ class Layer:
     """`file:line` of each dotted key; of each item of a list too, as `key[0]`."""
     folder: Path | None = None
     """Where the file is."""
-
-
-class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the kit's idea of numbers."""
-
-
-class Dumper(yaml.SafeDumper):
-    """Writes what `Loader` reads back as it was: it quotes text that would be taken for a number, and no more."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-    def text(self, value: str) -> yaml.ScalarNode:
-        """PyYAML writes these characters bare, and takes them for line ends when it reads them."""
-        style = '"' if re.search("[\x85\u2028\u2029]", value) else None
-        return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-
-Dumper.add_representer(str, Dumper.text)
-
-_NUMBERS = (
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
-    ("float", r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
-    ("float", r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
-)
-_KEPT = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "null", "merge")}
-for _class in (Loader, Dumper):
-    _class.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag in _KEPT]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    for _kind, _pattern, _first in _NUMBERS:
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 def read_chain(path: Path) -> tuple[list[Layer], list[Problem], bool]:
@@ -128,11 +82,11 @@ def read_file(path: Path) -> tuple[Layer | None, list[Problem]]:
         return None, [Problem("", f"{name}:{line}", f"is not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8")]
     except OSError as error:
         return None, [Problem("", name, f"cannot be read: {error.strerror}")]
-    reader = _Reader(name)
+    reader = Reader(name)
     try:
         values = reader.read(text)
     except yaml.YAMLError as error:
-        return None, [Problem("", _error_place(name, error), f"is not valid YAML: {_reason(error)}")]
+        return None, [Problem("", place_of(name, error), f"is not valid YAML: {reason(error)}")]
     except RecursionError:
         return None, [Problem("", name, "is nested too deeply")]
     if values is None:
@@ -150,7 +104,7 @@ def parse_dotlist(items: Sequence[str]) -> tuple[Layer, list[Problem]]:
     problems: list[Problem] = []
     for item in items:
         key, equals, text = item.partition("=")
-        reader = _Reader(COMMAND_LINE, lines=False)
+        reader = Reader(COMMAND_LINE, lines=False)
         try:
             _check_path(key, bool(equals), item)
             value = reader.read(text, key)
@@ -159,7 +113,7 @@ def parse_dotlist(items: Sequence[str]) -> tuple[Layer, list[Problem]]:
             continue
         except yaml.YAMLError as error:
             quoted = """'key=["*.py"]'""" if text.startswith("[") else """'key="*.py"'"""
-            message = f"got {text!r}, which is not a YAML value ({_reason(error)}); quote text, as in {quoted}"
+            message = f"got {text!r}, which is not a YAML value ({reason(error)}); quote text, as in {quoted}"
             problems.append(Problem(key, COMMAND_LINE, message))
             continue
         problems += reader.problems
@@ -170,94 +124,11 @@ def parse_dotlist(items: Sequence[str]) -> tuple[Layer, list[Problem]]:
     return layer, problems
 
 
-class _Reader:
-    """Turns YAML nodes into plain values and notes where each stands."""
-
-    def __init__(self, name: str, lines: bool = True) -> None:
-        self.name = name
-        self.lines = lines
-        self.places: dict[str, str] = {}
-        self.problems: list[Problem] = []
-        self._open: list[yaml.Node] = []
-
-    def read(self, text: str, key: str = "") -> Any:
-        self._loader = Loader(text)
-        try:
-            node = self._loader.get_single_node()
-            return None if node is None else self._value(node, key)
-        finally:
-            self._loader.dispose()
-
-    def _value(self, node: yaml.Node, key: str) -> Any:
-        if node in self._open:
-            self._complain(key, node, "an alias that holds itself")
-            return None
-        self._open.append(node)
-        try:
-            if isinstance(node, yaml.MappingNode):
-                return self._mapping(node, key)
-            if isinstance(node, yaml.SequenceNode):
-                self._check_tag(node, key, "seq")
-                items = []
-                for i, item in enumerate(node.value):
-                    self.places[f"{key}[{i}]"] = self._place(item)
-                    items.append(self._value(item, f"{key}[{i}]"))
-                return items
-            return self._scalar(node, key)
-        finally:
-            self._open.pop()
-
-    def _mapping(self, node: yaml.MappingNode, key: str) -> dict[str, Any]:
-        self._check_tag(node, key, "map")
-        first: dict[str, str] = {}
-        for key_node, _ in node.value:
-            name = self._name(key_node)
-            if name in first and name != "<<":
-                path = typed.join(key, name)
-                message = f"stands twice in one mapping, first at {first[name]}; keep one of them"
-                self.problems.append(Problem(path, self._place(key_node), message))
-            first.setdefault(name, self._place(key_node))
-        self._loader.flatten_mapping(node)  # puts what `<<` brings in first
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            name = self._name(key_node)
-            path = typed.join(key, name)
-            self.places[path] = self._place(key_node)
-            values[name] = self._value(value_node, path)
-        return values
-
-    def _scalar(self, node: yaml.Node, key: str) -> Any:
-        self._check_tag(node, key, "str", "int", "float", "bool", "null")
-        try:
-            return self._loader.construct_object(node)
-        except ValueError:
-            self._complain(key, node, f"{node.value[:60]!r} is not of the type that its tag says")
-            return None
-
-    def _check_tag(self, node: yaml.Node, key: str, *allowed: str) -> None:
-        kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        if kind not in allowed:
-            # Left as it is, the node would be built by whatever the tag names.
-            node.tag = f"tag:yaml.org,2002:{allowed[0]}"
-            self._complain(
-                key, node, f"the YAML tag {'!' * 2 + kind if kind.isalpha() else kind} is not allowed; leave it out"
-            )
-
-    def _name(self, node: yaml.Node) -> str:
-        return str(node.value) if isinstance(node, yaml.ScalarNode) else yaml.serialize(node).strip()
-
-    def _place(self, node: yaml.Node) -> str:
-        return f"{self.name}:{node.start_mark.line + 1}" if self.lines else self.name
-
-    def _complain(self, key: str, node: yaml.Node, message: str) -> None:
-        self.problems.append(Problem(key, self._place(node), message))
-
-
 def _check_path(key: str, has_value: bool, item: str) -> None:
     """Raise a ValueError unless `key` is a dotted path that a value can be given to."""
     if not has_value:
         raise ValueError(f"got {item!r}, expected key.path=value, like model.layers=2")
-    if key in ("extends",):
+    if key == "extends":
         raise ValueError("only a recipe file can extend another; name that recipe in place of this one")
     if "[" in key or re.search(r"\.\d+(\.|$)", key):
         whole = re.split(r"\[|\.\d", key)[0]
@@ -274,20 +145,6 @@ def _assign(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
             values[name] = {}
         values = values[name]
     values[path[-1]] = value
-
-
-def _reason(error: yaml.YAMLError) -> str:
-    """What PyYAML found, in one short line."""
-    if isinstance(error, yaml.MarkedYAMLError):
-        parts = [part for part in (error.context, error.problem) if part]
-        reason = ": ".join(parts) or "syntax error"
-        return f"{reason} (indent with spaces)" if "'\\t'" in reason else reason
-    return str(getattr(error, "reason", error)).splitlines()[0]
-
-
-def _error_place(name: str, error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    return f"{name}:{mark.line + 1}" if mark is not None else name
 
 
 def _similar(path: Path) -> str:

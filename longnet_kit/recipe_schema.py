@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from longnet_kit.typed import Range
 
@@ -153,30 +153,35 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 """The kit's own defaults where they differ from Lightning's."""
 
 _Share = Annotated[float, Range(at_least=0, at_most=1)]
-TRAINER_TYPES: dict[str, Any] = {
-    "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu", "hpu"],
-    "devices": Literal["auto"] | Count | list[Natural],
-    "num_nodes": Count,
-    "precision": Literal[
+
+
+class Trainer:
+    """Trainer arguments for which the kit is stricter than Lightning's signature."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu", "hpu"]
+    devices: Literal["auto"] | Count | list[Natural]
+    num_nodes: Count
+    precision: Literal[
         "32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "transformer-engine",
         "transformer-engine-float16",
-    ],
-    "max_steps": Count,
-    "min_steps": Natural | None,
-    "limit_train_batches": Natural | _Share | None,
-    "limit_val_batches": Natural | _Share | None,
-    "limit_test_batches": Natural | _Share | None,
-    "limit_predict_batches": Natural | _Share | None,
-    "val_check_interval": Count | Annotated[float, Range(above=0, at_most=1)] | None,
-    "check_val_every_n_epoch": Count | None,
-    "num_sanity_val_steps": Annotated[int, Range(at_least=-1)] | None,
-    "log_every_n_steps": Count | None,
-    "accumulate_grad_batches": Count,
-    "gradient_clip_val": Annotated[float, Range(at_least=0)] | None,
-    "gradient_clip_algorithm": Literal["norm", "value"] | None,
-    "profiler": Literal["simple", "advanced", "pytorch"] | None,
-}  # fmt: skip
-"""Trainer arguments for which the kit is stricter than Lightning's signature."""
+    ]  # fmt: skip
+    max_steps: Count
+    min_steps: Natural | None
+    limit_train_batches: Natural | _Share | None
+    limit_val_batches: Natural | _Share | None
+    limit_test_batches: Natural | _Share | None
+    limit_predict_batches: Natural | _Share | None
+    val_check_interval: Count | Annotated[float, Range(above=0, at_most=1)] | None
+    check_val_every_n_epoch: Count | None
+    num_sanity_val_steps: Annotated[int, Range(at_least=-1)] | None
+    log_every_n_steps: Count | None
+    accumulate_grad_batches: Count
+    gradient_clip_val: Annotated[float, Range(at_least=0)] | None
+    gradient_clip_algorithm: Literal["norm", "value"] | None
+    profiler: Literal["simple", "advanced", "pytorch"] | None
+
+
+TRAINER_TYPES: dict[str, Any] = get_type_hints(Trainer, include_extras=True)
 
 _KIT = "the kit sets it itself"
 _STEPS = "a run is measured in optimizer steps: set trainer.max_steps"
