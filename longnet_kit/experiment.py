@@ -171,8 +171,8 @@ def _fit(r: Recipe, task: LightningModule, datamodule: LightningDataModule, dire
 
 def _callbacks() -> list[Callback]:
     return [
+        callbacks.Throughput(),  # before the bar, which shows what it measured
         callbacks.progress_bar(),
-        callbacks.Throughput(),
         callbacks.LossByPosition(),
         callbacks.FinalValidation(),
     ]
