@@ -271,6 +271,25 @@ def test_only_blocks_that_are_read_are_checked(sound: Path, tmp_path: Path) -> N
             reader.read(start, 1)
 
 
+def test_a_block_is_checked_once(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = cache.TokenCache(sound).splits["train"]
+    checked: list[int] = []
+    crc32 = shards.zlib.crc32
+    monkeypatch.setattr(shards.zlib, "crc32", lambda block: checked.append(len(block)) or crc32(block))
+    for _ in range(3):
+        reader.read(0, 3 * BLOCK // 2)
+        reader.read(BLOCK // 2, BLOCK)
+    assert checked == [BLOCK // 2] * 3
+
+
+def test_lengths_are_checked_when_a_cache_is_opened(sound: Path, tmp_path: Path) -> None:
+    folder = tmp_path / sound.name
+    shutil.copytree(sound, folder)
+    os.truncate(folder / "train-00003.bin", 1000)
+    with pytest.raises(DataError, match=r"train-00003\.bin has 1000 bytes, but was written with 1002"):
+        cache.TokenCache(folder)
+
+
 def test_a_file_that_is_cut_while_it_is_open_does_not_kill_the_process(sound: Path, tmp_path: Path) -> None:
     folder = tmp_path / sound.name
     shutil.copytree(sound, folder)

@@ -142,8 +142,8 @@ class Ranks:
 
     def __init__(self, replicas: int, rank: int) -> None:
         self.distributed_sampler_kwargs = {"num_replicas": replicas, "rank": rank}
-        counts = types.SimpleNamespace(processed=0)
-        progress = types.SimpleNamespace(total=counts, current=counts, is_last_batch=False)
+        total, current = types.SimpleNamespace(processed=0), types.SimpleNamespace(processed=0)
+        progress = types.SimpleNamespace(total=total, current=current, is_last_batch=False)
         self.fit_loop = types.SimpleNamespace(
             restarting=False, epoch_loop=types.SimpleNamespace(batch_progress=progress)
         )
@@ -277,6 +277,19 @@ def test_with_other_ranks_a_run_goes_on_after_the_last_window(tmp_path: Path) ->
     assert indices == expected(8)[6:], "two steps of four are left, after three steps of eight"
     made.trainer.fit_loop.epoch_loop.batch_progress.total.processed = 4  # type: ignore[union-attr]
     assert (made.state_dict()["batches"], made.state_dict()["windows"]) == (4, 28)
+
+
+def test_a_loader_made_within_a_step_changes_no_counts(tmp_path: Path) -> None:
+    made, ranks = module(tmp_path), Ranks(1, 0)
+    ranks.accumulate_grad_batches = 4
+    made.trainer = ranks  # type: ignore[assignment]
+    progress = ranks.fit_loop.epoch_loop.batch_progress
+    progress.total.processed = progress.current.processed = 6
+    made.train_dataloader()
+    assert progress.total.processed == 6 and made.state_dict()["batches"] == 4
+    ranks.fit_loop.restarting = True
+    made.train_dataloader()
+    assert progress.total.processed == 4
 
 
 def test_other_data_under_a_checkpoint_is_warned_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
