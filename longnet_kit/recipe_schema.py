@@ -158,7 +158,7 @@ _Share = Annotated[float, Range(at_least=0, at_most=1)]
 class Trainer:
     """Trainer arguments for which the kit is stricter than Lightning's signature."""
 
-    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu", "hpu"]
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
     devices: Literal["auto"] | Count | list[Natural]
     num_nodes: Count
     precision: Literal[
