@@ -27,4 +27,3 @@ def side_by_side(panels: dict[str, list[str]]) -> str:
     titles = "   ".join(title.ljust(len(rows[0])) for title, rows in panels.items()).rstrip()
     lines = ["   ".join(parts) for parts in zip(*panels.values(), strict=True)]
     return "\n".join([titles, *lines])
-
