@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from longnet_kit import callbacks, data, model, recipe, resume, runs, tasks, weights
 from longnet_kit.data import tokenizers
@@ -185,7 +185,7 @@ def _loggers(r: Recipe, directory: Path, first_step: int, resumed: bool) -> list
         "name": directory.parent.name,
         "version": directory.name,
     }
-    purge = {"purge_step": first_step + 1} if resumed else {}
+    purge: dict[str, Any] = {"purge_step": first_step + 1} if resumed else {}
     board = TensorBoardLogger(**place, default_hp_metric=False, **purge)
     table = CSVLogger(**place)
     if rank_zero_only.rank == 0:
