@@ -184,9 +184,9 @@ def _place(problem: typed.Problem, layers: Sequence[Layer], file: Path | None) -
     What is missing is asked for by the selector beside it.
     """
     key = problem.key
-    if problem.message.startswith("missing"):
-        section = key.rpartition(".")[0]
-        key = typed.join(section, SELECTORS[section]) if section in SELECTORS else ""
+    section = key.rpartition(".")[0]
+    if problem.message.startswith("missing") and section in SELECTORS:
+        key = typed.join(section, SELECTORS[section])
     while key:
         for layer in reversed(layers):
             if key in layer.places:

@@ -75,7 +75,7 @@ def read_file(path: Path) -> tuple[Layer | None, list[Problem]]:
         hint = f"; did you mean {show(inside)}?" if inside.is_file() else ""
         return None, [Problem("", name, f"is a directory, expected a recipe file (YAML){hint}")]
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         byte = error.object[error.start]

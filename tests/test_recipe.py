@@ -180,6 +180,8 @@ def test_interpolation_takes_another_key(tmp_path: Path) -> None:
     r = load_text(tmp_path, SMALLEST + "model: {heads: 3, dim: 96, ffn_dim: '${.dim}'}\nseed: ${model.heads}\n")
     assert (r.model.ffn_dim, r.seed) == (96, 3)
     assert recipe.load(tmp_path / "r.yaml", ["model.heads=2"]).seed == 2, "after the layers are merged"
+    afresh = ["data.source=files", "data.paths=[a.txt]", "seed=${data.seq_len}"]
+    assert recipe.load(tmp_path / "r.yaml", afresh).seed == 1024, "a default of a mapping that starts afresh"
 
 
 # --- YAML
@@ -214,6 +216,19 @@ def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
     assert (layer.places["b.y"], layer.places["b.x"]) == (f"{tmp_path / 'r.yaml'}:4", f"{tmp_path / 'r.yaml'}:1")
 
 
+def test_an_anchored_mapping_may_override_what_it_merges_and_be_used_twice(tmp_path: Path) -> None:
+    path = write(tmp_path, "a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: *b\nd: *b\n")
+    layer, problems = recipe_files.read_file(path)
+    assert layer is not None
+    assert problems == []
+    assert layer.values == {"a": {"x": 1}, "b": {"x": 2}, "c": {"x": 2}, "d": {"x": 2}}
+
+
+def test_an_alias_inside_its_anchor_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALLEST + "imports: &i [*i]\n")
+    assert refusal(path) == f"imports[0] ({path}:3): an alias that holds itself"
+
+
 def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + SMALLEST.replace("\n", "\r\n").encode())
@@ -246,6 +261,14 @@ def test_a_line_is_that_of_the_layer_that_won(tmp_path: Path) -> None:
     assert f"seed ({low}:3): got -1" in refusal(low)
     assert "seed (on the command line): got -3" in refusal(low, "seed=-3")
     assert recipe.load(top, ["seed=3"]).seed == 3
+
+
+def test_what_is_missing_is_told_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: x\nmodel: {dim: 8}\ntrainer:\n  devices: 1\ndata:\n  seq_len: 4\n  source: files\n")
+    told = refusal(path)
+    assert f"data.paths ({path}:7): missing" in told
+    assert f"trainer.max_steps ({path}:3): missing" in told
+    assert "data.paths (on the command line): missing" in refusal("quickstart", "data.source=files")
 
 
 def test_items_of_lists_have_lines_too(tmp_path: Path) -> None:
@@ -377,6 +400,7 @@ recipes = st.builds(
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(recipes)
 @example(Recipe(name="3e-3", description="${model.dim} \\${x \\\\${", trainer={"max_steps": 1}))
+@example(Recipe(name="x", description="\x85 and \u2028", trainer={"max_steps": 1}))
 @example(Recipe(name="1e5", description="010 # not a comment", task="language_modeling", trainer={"max_steps": 1}))
 def test_a_saved_recipe_is_the_recipe(tmp_path: Path, r: Recipe) -> None:
     path = tmp_path / "saved.yaml"
