@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from longnet_kit.attention.patterns import Pattern
+from longnet_kit.attention.sharding import SequenceShard, to_heads, to_sequence
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -34,6 +35,9 @@ class AttentionBackend(nn.Module):
 
     head_dependent: bool = False
     """Whether heads differ by their index. Then `forward` also receives `first_head` and `total_heads`."""
+
+    shard: SequenceShard | None = None
+    """Which part of longer sequences the inputs are; None when they are whole. A sequence-parallel strategy sets it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +74,7 @@ class AttentionBackend(nn.Module):
         first_head: int = 0,
         total_heads: int | None = None,
     ) -> Tensor:
-        """Check the inputs, then run `forward`.
+        """Check the inputs, then run `forward`, or `forward_sharded` where the inputs are shards of longer sequences.
 
         Args:
             first_head, total_heads: where these heads stand among all heads of the layer, when only some are given.
@@ -92,7 +96,57 @@ class AttentionBackend(nn.Module):
                     f"heads {first_head} to {first_head + q.shape[2] - 1} were given, but total_heads is {total_heads}"
                 )
             heads = {"first_head": first_head, "total_heads": total_heads}
-        return super().__call__(q, k, v, causal, key_padding_mask, **heads)
+        if self.shard is None or self.shard.size == 1:
+            return super().__call__(q, k, v, causal, key_padding_mask, **heads)
+        shards = self.supports_shards(seq_len=q.shape[1] * self.shard.size, shards=self.shard.size, heads=q.shape[2])
+        if not shards:
+            raise ValueError(shards.reason)
+        return self.forward_sharded(q, k, v, self.shard, causal, key_padding_mask, **heads)
+
+    def forward_sharded(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        shard: SequenceShard,
+        causal: bool = True,
+        key_padding_mask: Tensor | None = None,
+        first_head: int = 0,
+        total_heads: int | None = None,
+    ) -> Tensor:
+        """Attend from a shard of the sequence to all of it.
+
+        By default every rank runs `forward` on the whole sequence for its part of the heads, between two all-to-alls.
+
+        Args:
+            q, k, v: (B, n, H, D), this rank's n tokens.
+            shard: this rank among those that hold the sequence.
+            key_padding_mask: (B, n) bool.
+
+        Returns:
+            (B, n, H, D). Gradients are those of the whole sequence's attention.
+        """
+        heads: dict[str, int] = {}
+        own = q.shape[2] // shard.size
+        if self.head_dependent:
+            total_heads = first_head + q.shape[2] if total_heads is None else total_heads
+            heads = {"first_head": first_head + shard.rank * own, "total_heads": total_heads}
+        whole = to_heads(torch.stack((q, k, v)), shard)  # (3, B, N, H / P, D)
+        mask = None
+        if key_padding_mask is not None:
+            mask = shard.all_gather(key_padding_mask.T.contiguous())().T.contiguous()
+        return to_sequence(super().__call__(*whole.unbind(0), causal, mask, **heads), shard)
+
+    def supports_shards(self, *, seq_len: int, shards: int, heads: int) -> Support:
+        """Whether `forward_sharded` can run a sequence cut into `shards`; if not, the reason names what can."""
+        if heads % shards == 0:
+            return Support(True)
+        return Support(
+            False,
+            f"{heads} heads do not divide among {shards} ranks, and this backend trains sequence-parallel with a part "
+            f"of the heads on each rank; use a sequence_parallel_size of {_nearest_divisor(heads, shards)}, "
+            f"{-(-heads // shards) * shards} heads, or the backend dilated, which keeps all heads on every rank",
+        )
 
     def supports(
         self, *, device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool = True, padding: bool = False
@@ -119,6 +173,11 @@ class AttentionBackend(nn.Module):
             f"the attention backend {type(self).__name__} has no cache, so it can neither stream nor generate token by "
             "token; write its new_cache and forward_cached, or run whole sequences"
         )
+
+
+def _nearest_divisor(number: int, near: int) -> int:
+    """The divisor of `number` that is nearest to `near`."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:

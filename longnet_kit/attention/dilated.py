@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from longnet_kit.attention import flash, padding, patterns, register
-from longnet_kit.attention.backend import AttentionBackend
+from longnet_kit.attention import dilated_sharded, padding, patterns, register
+from longnet_kit.attention.backend import AttentionBackend, Support
+from longnet_kit.attention.mixture import Mixture, add_gradients, exact, unit_stride, zero_gradients
 from longnet_kit.attention.patterns import Count, HeadOffsets
+from longnet_kit.attention.sharding import SequenceShard
 from longnet_kit.attention.views import View, branch_views
 
 
@@ -59,6 +61,37 @@ class DilatedAttention(AttentionBackend):
         first_head: int = 0,
         total_heads: int | None = None,
     ) -> Tensor:
+        return self._attend(q, k, v, None, causal, key_padding_mask, first_head, total_heads)
+
+    def forward_sharded(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        shard: SequenceShard,
+        causal: bool = True,
+        key_padding_mask: Tensor | None = None,
+        first_head: int = 0,
+        total_heads: int | None = None,
+    ) -> Tensor:
+        """Attend from a shard to the sequence; of segments longer than it, kept keys and values are exchanged."""
+        return self._attend(q, k, v, shard, causal, key_padding_mask, first_head, total_heads)
+
+    def supports_shards(self, *, seq_len: int, shards: int, heads: int) -> Support:
+        """Any number of heads; a segment must tile a shard or span whole shards."""
+        return dilated_sharded.supports(self._pattern.branches, seq_len, shards)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        shard: SequenceShard | None,
+        causal: bool,
+        key_padding_mask: Tensor | None,
+        first_head: int,
+        total_heads: int | None,
+    ) -> Tensor:
         if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         total_heads = q.shape[2] if total_heads is None else total_heads
@@ -66,8 +99,13 @@ class DilatedAttention(AttentionBackend):
         if key_padding_mask is not None:
             q, k, v = padding.hide(q, k, v, key_padding_mask)
         lengths, rates = (list(numbers) for numbers in zip(*self._pattern.branches, strict=True))
-        offsets = self._pattern.head_offsets
-        out, _ = dilated(q, k, v, lengths, rates, offsets, first_head, total_heads, causal, scale)
+        rule = self._pattern.head_offsets
+        if shard is None:
+            out, _ = dilated(q, k, v, lengths, rates, rule, first_head, total_heads, causal, scale)
+        else:
+            out = dilated_sharded.attend(
+                q, k, v, shard, self._pattern.branches, rule, first_head, total_heads, causal, scale
+            )
         return out if key_padding_mask is None else padding.reveal(out, key_padding_mask)
 
     def extra_repr(self) -> str:
@@ -96,38 +134,11 @@ def dilated(
         out: (B, N, H, D), of q's dtype, 0 where no branch keeps the position. lse: (B, N, H), -inf there; float32
         (float64 for float64).
     """
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
-    out, lse = _empty_like(q)
-    written = False  # once a branch of rate 1 has written every position
-    if 1 not in dilation_rates:
-        out.zero_()
-        lse.fill_(-torch.inf)
-        written = True
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    mixture = Mixture(q, covered=1 in dilation_rates)
     for views in _dense_first(q, segment_lengths, dilation_rates, head_offsets, first_head, total_heads):
-        for view in views:
-            for out_, lse_, q_, k_, v_ in view.calls(out, lse, q, k, v):
-                branch_out, branch_lse = flash.forward(q_, k_, v_, causal, scale)
-                if written:
-                    merge(out_, lse_, branch_out, branch_lse)
-                else:
-                    out_.copy_(branch_out)
-                    lse_.copy_(branch_lse)
-        written = True
-    return out.to(q.dtype), lse
-
-
-def merge(out: Tensor, lse: Tensor, branch_out: Tensor, branch_lse: Tensor) -> None:
-    """Mix one branch into the running output, in place, in proportion to the softmax denominators (LongNet eq. 10).
-
-    Args:
-        out: (B, H, m, D), float32 or float64.
-        lse: (B, H, m), of the same dtype; -inf where nothing was attended to yet.
-        branch_out: (B, H, m, D), any float.
-        branch_lse: (B, H, m); finite, since a kept query sees at least itself.
-    """
-    share = torch.sigmoid(branch_lse - lse).unsqueeze(-1)  # e^branch_lse / (e^branch_lse + e^lse)
-    out.lerp_(branch_out.to(out.dtype), share)
-    lse.copy_(torch.logaddexp(lse, branch_lse))
+        mixture.attend(views, q, k, v, causal, scale)
+    return mixture.out.to(q.dtype), mixture.lse
 
 
 @torch.library.custom_op("longnet_kit::dilated_backward", mutates_args=())
@@ -147,15 +158,10 @@ def dilated_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, (B, N, H, D) each, from the saved tensors of `dilated`."""
-    q, k, v, grad_out = (_unit_stride(x) for x in (q, k, v, grad_out))
-    grads = [torch.zeros_like(_empty_like(q)[0]) for _ in range(3)]
+    q, k, v, grad_out = (unit_stride(x) for x in (q, k, v, grad_out))
+    grads = zero_gradients(q)
     for views in _dense_first(q, segment_lengths, dilation_rates, head_offsets, first_head, total_heads):
-        for view in views:
-            for dq, dk, dv, *saved in view.calls(*grads, grad_out, q, k, v, out, lse):
-                dout_, q_, k_, v_, out_, lse_ = saved
-                branch = flash.backward(dout_, q_, k_, v_, out_, lse_, causal, scale)
-                for total, part in zip((dq, dk, dv), branch, strict=True):
-                    total.add_(part)
+        add_gradients(grads, views, grad_out, q, k, v, out, lse, causal, scale)
     dq, dk, dv = (grad.to(q.dtype) for grad in grads)
     return dq, dk, dv
 
@@ -169,20 +175,9 @@ def _dense_first(
         yield branch_views(seq_len, w, r, head_offsets, first_head, heads, total_heads)  # type: ignore[arg-type]
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    """Kernels need the elements of a head side by side; anything else about the strides is free."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _empty_like(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Accumulators for an output and its lse: (B, N, H, D) and (B, N, H), at least float32."""
-    exact = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape, dtype=exact), q.new_empty(q.shape[:-1], dtype=exact)
-
-
 @dilated.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), _empty_like(q)[1]
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=exact(q))
 
 
 @dilated_backward.register_fake

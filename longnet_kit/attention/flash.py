@@ -3,7 +3,8 @@
 The only file that names torch's private attention ops. Their backward takes `out` and `lse` from outside: given the
 merged ones of several partial softmaxes, the partial gradients add up to the exact gradient of the one softmax.
 
-Tensors are (B, H, n, D) here, with any strides but a last one of 1; lse is (B, H, n), float32 (float64 for float64).
+Tensors are (B, H, n, D) here, keys and values (B, H, m, D), with any strides but a last one of 1; lse is (B, H, n),
+float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
     """Attention and the log of its softmax denominators.
 
     Args:
-        q, k, v: (B, H, n, D).
+        q: (B, H, n, D).
+        k, v: (B, H, m, D), with m = n if causal.
         causal: query i sees keys 0 to i.
         scale: factor on the scores.
 
@@ -66,7 +68,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
         out: (B, H, n, D), of q's dtype; lse: (B, H, n).
     """
     kernel = route(q.device, q.dtype, q.shape[-1])
-    parts = [kernel.forward(q[s], k[s], v[s], causal, scale) for s in _batches(q)]
+    parts = [kernel.forward(q[s], k[s], v[s], causal, scale) for s in _batches(q, k)]
     if len(parts) == 1:
         return parts[0]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
@@ -78,27 +80,28 @@ def backward(
     """Gradients of q, k, v through the keys given here, under the `out` and `lse` of a softmax that may hold more keys.
 
     Args:
-        grad_out, q, k, v, out: (B, H, n, D).
+        grad_out, q, out: (B, H, n, D).
+        k, v: (B, H, m, D), with m = n if causal.
         lse: (B, H, n).
 
     Returns:
-        Gradients of q, k and v: (B, H, n, D), of q's dtype.
+        Gradients of q, k and v, shaped as they are, of q's dtype.
     """
     kernel = route(q.device, q.dtype, q.shape[-1])
     lse = lse.contiguous()  # kernels read it as a raw pointer
-    parts = [kernel.backward(grad_out[s], q[s], k[s], v[s], out[s], lse[s], causal, scale) for s in _batches(q)]
+    parts = [kernel.backward(grad_out[s], q[s], k[s], v[s], out[s], lse[s], causal, scale) for s in _batches(q, k)]
     if len(parts) == 1:
         return parts[0]
     dq, dk, dv = (torch.cat(grads) for grads in zip(*parts, strict=True))
     return dq, dk, dv
 
 
-def _batches(q: Tensor) -> Iterator[slice]:
+def _batches(q: Tensor, k: Tensor) -> Iterator[slice]:
     """Slices of the batch within what one kernel launch takes: all of it on CPU."""
     batch = q.shape[0]
     step = batch
     if q.device.type == "cuda":
-        step = max(1, min(_MAX_BATCH, _MAX_ELEMENTS // q[0].numel()))
+        step = max(1, min(_MAX_BATCH, _MAX_ELEMENTS // max(q[0].numel(), k[0].numel())))
     return (slice(start, start + step) for start in range(0, batch, step))
 
 
@@ -121,9 +124,9 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) 
 def _flash_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n = q.shape[2]
+    n, m = q.shape[2], k.shape[2]
     op = aten._scaled_dot_product_flash_attention_backward
-    return op(grad_out, q, k, v, out, lse, None, None, n, n, 0.0, causal, _no_dropout(q), _no_dropout(q), scale=scale)
+    return op(grad_out, q, k, v, out, lse, None, None, n, m, 0.0, causal, _no_dropout(q), _no_dropout(q), scale=scale)
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -134,13 +137,13 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) 
 def _cudnn_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n = q.shape[2]
+    n, m = q.shape[2], k.shape[2]
     # A graph is built per shape and strides: one fixed layout keeps them few.
     out, grad_out = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (out, grad_out))
     op = aten._scaled_dot_product_cudnn_attention_backward
     seed = _no_dropout(q)
     lse = lse.unsqueeze(-1)
-    return op(grad_out, q, k, v, out, lse, seed, seed, None, None, None, n, n, 0.0, causal, scale=scale)
+    return op(grad_out, q, k, v, out, lse, seed, seed, None, None, None, n, m, 0.0, causal, scale=scale)
 
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -169,7 +172,7 @@ def _no_dropout(q: Tensor) -> Tensor:
 
 def _math_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
-    for s in _score_slices(q):
+    for s in _score_slices(q, k):
         scores = _scores(q[s], k[s], causal, scale)
         lse = scores.logsumexp(-1)
         lses.append(lse)
@@ -181,9 +184,9 @@ def _math_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads: list[tuple[Tensor, Tensor, Tensor]] = []
-    for s in _score_slices(q):
+    for s in _score_slices(q, k):
         scores = _scores(q[s], k[s], causal, scale)
-        p = (scores - lse[s].unsqueeze(-1)).exp()  # (B, H, n, n)
+        p = (scores - lse[s].unsqueeze(-1)).exp()  # (B, H, n, m)
         q_, k_, v_, out_, dout = (x[s].to(p.dtype) for x in (q, k, v, out, grad_out))
         dp = dout @ v_.transpose(-1, -2)
         ds = p * (dp - (dout * out_).sum(-1, keepdim=True)) * scale
@@ -201,10 +204,10 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     return scores
 
 
-def _score_slices(q: Tensor) -> Iterator[slice]:
+def _score_slices(q: Tensor, k: Tensor) -> Iterator[slice]:
     """Slices of the batch whose score matrices are of bounded size."""
     _, heads, n, _ = q.shape
-    step = max(1, _MAX_SCORES // (heads * n * n))
+    step = max(1, _MAX_SCORES // (heads * n * k.shape[2]))
     return (slice(start, start + step) for start in range(0, q.shape[0], step))
 
 

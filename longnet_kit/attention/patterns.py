@@ -96,9 +96,7 @@ class Dilated(Pattern):
 
     def offset(self, head: int, rate: int, heads: int) -> int:
         """The residue that a head keeps in a branch of dilation rate `rate`, out of `heads` heads in all."""
-        if self.head_offsets == "interleaved":
-            return head % rate
-        return head // -(-heads // rate)
+        return head_offset(head, rate, heads, self.head_offsets)
 
     def keeps(self, branch: tuple[int, int], seq_len: int, heads: int) -> Tensor:
         """Which positions each head keeps in one branch: (H, N) bool."""
@@ -127,6 +125,11 @@ class Dilated(Pattern):
             for segments, length in ((seq_len // w, w), (1, seq_len % w))
             if offset < length
         )
+
+
+def head_offset(head: int, rate: int, heads: int, rule: HeadOffsets) -> int:
+    """o(h, r): the residue that head `head` of `heads` keeps in a branch of dilation rate `rate`."""
+    return head % rate if rule == "interleaved" else head // -(-heads // rate)
 
 
 @registry.register("block_sparse")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from longnet_kit.attention.patterns import HeadOffsets
+from longnet_kit.attention.patterns import HeadOffsets, head_offset
 
 
 class View(NamedTuple):
@@ -34,6 +34,11 @@ class View(NamedTuple):
     """Kept positions per segment and head."""
     rate: int
     """Positions from one kept token to the next."""
+
+    @property
+    def head_slice(self) -> slice:
+        """The view's heads in the tensor's dimension of heads."""
+        return slice(self.first_head, self.first_head + self.heads * self.head_step, self.head_step)
 
     def calls(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The view of each tensor, (B, N, H, ...) to (B', heads, kept, ...), as few times as their strides allow.
@@ -68,6 +73,24 @@ class View(NamedTuple):
         )
 
 
+class Part(NamedTuple):
+    """A run of positions of a segment."""
+
+    tokens: int
+    first: int
+    """Position in the segment of its first token."""
+    segment: int
+    """Length of the segment."""
+
+
+class PartView(NamedTuple):
+    """Some heads' kept positions in a part of a segment, and how many each of them keeps elsewhere in the segment."""
+
+    view: View
+    before: int
+    after: int
+
+
 @lru_cache(maxsize=256)
 def branch_views(
     seq_len: int, w: int, r: int, head_offsets: HeadOffsets, first_head: int, heads: int, total_heads: int
@@ -80,54 +103,78 @@ def branch_views(
         first_head, heads, total_heads: the tensors hold heads first_head to first_head + heads - 1 of total_heads.
     """
     full, tail = divmod(seq_len, w)
-    views = _segment_views(0, full, w, w, r, head_offsets, first_head, heads, total_heads) if full else []
+    rule = r, head_offsets, first_head, heads, total_heads
+    views = [view for view, *_ in _segment_views(0, full, w, Part(w, 0, w), *rule)] if full else []
     if tail:
-        views += _segment_views(full * w, 1, w, tail, r, head_offsets, first_head, heads, total_heads)
+        views += [view for view, *_ in _segment_views(full * w, 1, w, Part(tail, 0, tail), *rule)]
     return tuple(views)
+
+
+@lru_cache(maxsize=256)
+def part_views(
+    part: Part, r: int, head_offsets: HeadOffsets, first_head: int, heads: int, total_heads: int
+) -> tuple[PartView, ...]:
+    """Views, into a tensor that holds just one part of a segment, of what a branch of rate r keeps there."""
+    made = _segment_views(0, 1, part.tokens, part, r, head_offsets, first_head, heads, total_heads)
+    return tuple(PartView(*fields) for fields in made)
+
+
+def kept_before(length: int, offset: int, r: int) -> int:
+    """How many of the first `length` positions of a segment a head of offset `offset` keeps."""
+    return max(0, -(-(length - offset) // r))
 
 
 def _segment_views(
     start: int,
     segments: int,
     stride: int,
-    length: int,
+    part: Part,
     r: int,
     head_offsets: HeadOffsets,
     first_head: int,
     heads: int,
     total_heads: int,
-) -> list[View]:
-    """Views of segments of one length."""
-    indices = range(first_head, first_head + heads)
-    if head_offsets == "interleaved":
-        offset = {h: h % r for h in indices}
-        diagonal = {h: h // r for h in indices}
-    else:
-        group = -(-total_heads // r)
-        offset = {h: h // group for h in indices}
-        diagonal = {h: h % group for h in indices}
-    kept = {h: max(0, -(-(length - offset[h]) // r)) for h in indices}
-    seeing = [h for h in indices if kept[h]]
-    aligned = _runs(seeing, {h: (offset[h], kept[h]) for h in seeing})
-    slanted = _runs(seeing, {h: (diagonal[h], kept[h]) for h in seeing})
+) -> list[tuple[View, int, int]]:
+    """Views of the same part of equally long segments, and how many tokens each head keeps before and after it."""
+    aligned_key: dict[int, tuple[int, ...]] = {}
+    slanted_key: dict[int, tuple[int, ...]] = {}
+    starts: dict[int, int] = {}
+    counts: dict[int, tuple[int, int, int]] = {}
+    for h in range(first_head, first_head + heads):
+        offset = head_offset(h, r, total_heads, head_offsets)
+        ends = part.first, part.first + part.tokens, part.segment
+        until, through, whole = (kept_before(end, offset, r) for end in ends)
+        if through == until:
+            continue
+        starts[h] = offset + until * r - part.first
+        counts[h] = through - until, until, whole - through
+        # Heads on one diagonal are equally far apart, and each starts one position after the one before it.
+        turn = h - offset if head_offsets == "interleaved" else h % -(-total_heads // r)
+        aligned_key[h] = offset, *counts[h]
+        slanted_key[h] = turn, until, *counts[h]
+    aligned, slanted = (_runs(list(starts), key) for key in (aligned_key, slanted_key))
     runs, shift = (aligned, 0) if len(aligned) <= len(slanted) else (slanted, 1)
     return [
-        View(
-            start=start + offset[run[0]],
-            segments=segments,
-            segment_stride=stride,
-            first_head=run[0] - first_head,
-            heads=len(run),
-            head_step=run[1] - run[0] if len(run) > 1 else 1,
-            head_shift=shift,
-            kept=kept[run[0]],
-            rate=r,
+        (
+            View(
+                start=start + starts[run[0]],
+                segments=segments,
+                segment_stride=stride,
+                first_head=run[0] - first_head,
+                heads=len(run),
+                head_step=run[1] - run[0] if len(run) > 1 else 1,
+                head_shift=shift,
+                kept=counts[run[0]][0],
+                rate=r,
+            ),
+            counts[run[0]][1],
+            counts[run[0]][2],
         )
         for run in runs
     ]
 
 
-def _runs(heads: list[int], key: dict[int, tuple[int, int]]) -> list[list[int]]:
+def _runs(heads: list[int], key: dict[int, tuple[int, ...]]) -> list[list[int]]:
     """Heads of equal key together, in order; in every such run the heads are equally far apart."""
     ordered = sorted(heads, key=lambda h: (key[h], h))
     return [list(run) for _, run in groupby(ordered, key=lambda h: key[h])]

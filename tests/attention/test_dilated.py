@@ -113,7 +113,7 @@ def test_the_math_route_and_chunked_launches_serve_the_backend(monkeypatch: pyte
     backend = attention.build(SMALL)
     monkeypatch.setattr(flash, "route", lambda *_: flash.MATH)
     monkeypatch.setattr(flash, "_MAX_SCORES", 64)
-    monkeypatch.setattr(flash, "_batches", lambda q: [slice(0, 2), slice(2, None)] if len(q) > 2 else [slice(None)])
+    monkeypatch.setattr(flash, "_batches", lambda q, k: [slice(0, 2), slice(2, None)] if len(q) > 2 else [slice(None)])
     problem(2, 43, 4).assert_matches(backend, backend.pattern)
 
 
