@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins import DoublePrecision
+from lightning.pytorch.strategies import Strategy
 
-from longnet_kit import callbacks, data, model, recipe, resume, runs, tasks, weights
+from longnet_kit import callbacks, data, model, parallel, recipe, resume, runs, tasks, weights
 from longnet_kit.data import tokenizers
 from longnet_kit.recipe import Recipe
 
@@ -58,24 +61,23 @@ def run(r: Recipe) -> Path:
     Raises:
         ValueError: the recipe, its data or its checkpoint cannot be used. Nothing was trained then.
     """
+    trainer = _trainer(r, logger=False, callbacks=_callbacks(r))  # from here on each process knows its rank
     for note in r.notes:
         _say(f"note: {note}")
-    directory, ckpt = resume.find(r)
-    if directory is not None and resume.is_finished(directory, r):
-        _say(f"{directory} has finished its {r.trainer['max_steps']} steps; raise trainer.max_steps to train it on")
-        return directory
     seed_everything(r.seed, workers=True, verbose=False)
     datamodule = build_data(r)
-    if rank_zero_only.rank == 0:  # errors in the data end the run before a model is built
-        datamodule.prepare_data()
+    if trainer.is_global_zero and not resume.find(r).is_finished:
+        datamodule.prepare_data()  # errors in the data end the run before a model is built, or a process started
         datamodule.setup("fit")
     task = build_task(r)
-    if directory is None:
-        directory = runs.claim(r.name) if rank_zero_only.rank == 0 else runs.ROOT / r.name / "version_0"
-    if rank_zero_only.rank == 0:
-        (directory / runs.SUMMARY).unlink(missing_ok=True)
-        recipe.save(r, directory / runs.RECIPE)
-    return _fit(r, task, datamodule, directory, ckpt)
+    place = parallel.agree(trainer, lambda: _claim(r))
+    assert place.directory is not None
+    if place.is_finished:
+        _say(
+            f"{place.directory} has finished its {r.trainer['max_steps']} steps; raise trainer.max_steps to train it on"
+        )
+        return place.directory
+    return _fit(r, trainer, task, datamodule, place.directory, place.ckpt)
 
 
 def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = "validate") -> dict[str, float]:
@@ -98,19 +100,18 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
     directory = runs.find(path)
     r = recipe.load(directory / runs.RECIPE, overrides or [])
     ckpt = runs.checkpoint(directory)
-    datamodule = build_data(r)
-    datamodule.prepare_data()
-    datamodule.setup(which)
-    task = build_task(r)
     trainer = _trainer(r, logger=False, callbacks=[callbacks.progress_bar()])
+    datamodule = build_data(r)
+    if trainer.is_global_zero:
+        datamodule.prepare_data()
+        datamodule.setup(which)
+    task = build_task(r)
     weights.load(task.model, ckpt)  # type: ignore[arg-type]
     with _lightning_errors():
         results: dict[str, float] = {}
         for metrics in getattr(trainer, which)(task, datamodule=datamodule, verbose=False):
             results.update(metrics)
-    print(f"{which} of {ckpt}")
-    for tag, value in sorted(results.items()):
-        print(f"  {tag:<28} {value:.4f}")
+    _say("\n".join([f"{which} of {ckpt}", *(f"  {tag:<28} {value:.4f}" for tag, value in sorted(results.items()))]))
     return results
 
 
@@ -136,21 +137,27 @@ def show(r: Recipe) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in r.notes)])
 
 
-def _fit(r: Recipe, task: LightningModule, datamodule: LightningDataModule, directory: Path, ckpt: Path | None) -> Path:
+def _claim(r: Recipe) -> resume.Place:
+    """Where the run goes on or starts, its directory made and its recipe in it."""
+    place = resume.find(r)
+    if place.is_finished:
+        return place
+    directory = place.directory or runs.claim(r.name)
+    (directory / runs.SUMMARY).unlink(missing_ok=True)
+    recipe.save(r, directory / runs.RECIPE)
+    return place._replace(directory=directory)
+
+
+def _fit(
+    r: Recipe, trainer: Trainer, task: LightningModule, datamodule: LightningDataModule, directory: Path,
+    ckpt: Path | None,
+) -> Path:  # fmt: skip
     """Train, and leave a checkpoint and a summary behind whatever happens."""
     first_step = 0 if ckpt is None else int(torch.load(ckpt, map_location="cpu", weights_only=True)["global_step"])
     last_values = callbacks.LastValues()
-    loggers = [*_loggers(r, directory, first_step, resumed=ckpt is not None), last_values]
-    saving = ModelCheckpoint(
-        dirpath=directory / runs.CHECKPOINTS,
-        filename="step_{step:08d}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=r.checkpoint.every_n_steps,
-        monitor="step",
-        mode="max",
-        save_top_k=r.checkpoint.keep,
-    )
-    trainer = _trainer(r, logger=loggers, callbacks=[*_callbacks(), saving])
+    trainer.loggers = [*_loggers(r, directory, first_step, resumed=ckpt is not None), last_values]
+    assert isinstance(trainer.checkpoint_callback, ModelCheckpoint)
+    trainer.checkpoint_callback.dirpath = str((directory / runs.CHECKPOINTS).absolute())
     _say(f"{r.name}: {trainer.max_steps} steps into {directory}")
     started, status = time.monotonic(), "failed"
     try:
@@ -158,7 +165,7 @@ def _fit(r: Recipe, task: LightningModule, datamodule: LightningDataModule, dire
             trainer.fit(task, datamodule=datamodule, ckpt_path=ckpt, weights_only=True)
         status = "finished" if trainer.global_step >= trainer.max_steps else "stopped"
         last = directory / runs.CHECKPOINTS / f"step_{trainer.global_step:08d}.ckpt"
-        if trainer.global_step > first_step and not last.exists():
+        if trainer.strategy.broadcast(trainer.global_step > first_step and not last.exists()):
             trainer.save_checkpoint(last)
     finally:
         if trainer.is_global_zero:
@@ -169,12 +176,20 @@ def _fit(r: Recipe, task: LightningModule, datamodule: LightningDataModule, dire
     return directory
 
 
-def _callbacks() -> list[Callback]:
+def _callbacks(r: Recipe) -> list[Callback]:
     return [
         callbacks.Throughput(),  # before the bar, which shows what it measured
         callbacks.progress_bar(),
         callbacks.LossByPosition(),
         callbacks.FinalValidation(),
+        ModelCheckpoint(
+            filename="step_{step:08d}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=r.checkpoint.every_n_steps,
+            monitor="step",
+            mode="max",
+            save_top_k=r.checkpoint.keep,
+        ),
     ]
 
 
@@ -206,9 +221,34 @@ def _trainer(r: Recipe, **own: Any) -> Trainer:
     arguments.setdefault("val_check_interval", max(1, batches // VALIDATIONS))
     if isinstance(arguments["val_check_interval"], int):
         arguments["val_check_interval"] = min(arguments["val_check_interval"], batches)
-    strategy = "auto" if r.strategy.name == "auto" else r.strategy.name
+    strategy = _strategy(r)
+    if isinstance(strategy, parallel.SequenceParallelFSDPStrategy) and arguments.get("precision") == "64-true":
+        del arguments["precision"]  # Lightning takes it for a model-parallel strategy as a plugin only
+        own["plugins"] = [DoublePrecision()]
     with _lightning_errors():
         return Trainer(**arguments, strategy=strategy, use_distributed_sampler=False, enable_model_summary=False, **own)
+
+
+def _strategy(r: Recipe) -> Strategy | str:
+    """The recipe's strategy: on several devices always one whose processes can agree on where they run."""
+    name, size = r.strategy.name, 1
+    if name == "auto" and _devices(r) == 1:
+        return "auto"
+    if name.startswith("sequence_parallel"):
+        size = r.strategy.sequence_parallel_size
+    kind = parallel.SequenceParallelFSDPStrategy if name.endswith("fsdp") else parallel.SequenceParallelStrategy
+    return kind(size, timeout=timedelta(seconds=r.strategy.timeout))
+
+
+def _devices(r: Recipe) -> int:
+    """How many devices the run has in all."""
+    devices = r.trainer.get("devices", "auto")
+    if isinstance(devices, list):
+        devices = len(devices)
+    elif devices == "auto":
+        accelerator = r.trainer.get("accelerator", "auto")
+        devices = max(1, torch.cuda.device_count()) if accelerator in ("auto", "gpu", "cuda") else 1
+    return devices * r.trainer.get("num_nodes", 1)
 
 
 @contextmanager

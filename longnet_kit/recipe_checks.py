@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longnet_kit import recipe_schema as schema
-from longnet_kit import typed
+from longnet_kit import recipe_strategy, typed
+from longnet_kit.recipe_strategy import mapping_at, whole_number
 from longnet_kit.typed import Problem, join
 
 if TYPE_CHECKING:
@@ -37,16 +38,16 @@ def problems(values: Values) -> list[Problem]:
     known = _known(values)
     found: list[Problem] = []
     found += _function_problems(schema.Recipe, _without(values, schema.SECTIONS, "trainer"), "", known, _is_top_level)
-    for name, section in schema.SECTIONS.items():
+    for name, cls in schema.SECTIONS.items():
         mapping = values.get(name)
         if not isinstance(mapping, dict):
             given = "null" if mapping is None else repr(mapping)
             found.append(Problem(name, f"got {given}, expected a mapping; leave {name} out for its defaults"))
         elif name == "data":
-            own = {key: value for key, value in mapping.items() if key in schema.names(section)}
-            found += _function_problems(section, own, name, known)
+            own = {key: value for key, value in mapping.items() if key in schema.names(cls)}
+            found += _function_problems(cls, own, name, known)
         else:
-            found += _function_problems(section, mapping, name, known)
+            found += _function_problems(cls, mapping, name, known)
     found += _trainer_problems(values.get("trainer"), known)
     found += _plugin_problems(values, known)
     # How keys go together is only worth saying of keys that are right by themselves.
@@ -127,11 +128,11 @@ def _plugin_problems(values: Values, known: Iterable[str]) -> list[Problem]:
     task = values.get("task")
     if isinstance(task, str) and task not in tasks.registry.names():
         found.append(Problem("task", f"got {task!r}; {typed.suggestion(task, tasks.registry.names())}"))
-    config = _section(values, "model").get("attention")
+    config = mapping_at(values, "model").get("attention")
     if isinstance(config, dict):
         wrong = _registered_problems(attention.registry, config, "model.attention", known)
         found += wrong or _construction_problems(lambda: attention.build(config), "model.attention")
-    source = _section(values, "data")
+    source = mapping_at(values, "data")
     if isinstance(source.get("source"), str):
         options = _without(source, [n for n in schema.names(schema.Data) if n != "source"])
         found += _registered_problems(data.registry, options, "data", known)
@@ -168,14 +169,14 @@ def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
         if wrong:
             found.append((keys, Problem(keys[0], message)))
 
-    model, data, strategy = (_section(values, name) for name in ("model", "data", "strategy"))
+    model, data = mapping_at(values, "model"), mapping_at(values, "data")
     name = values.get("name")
     if isinstance(name, str):
         fits = re.fullmatch(r"\w[\w.+-]{0,99}", name) and ".." not in name
         allowed = "it names a folder: letters, digits, and . + - _ after the first, at most 100 of them"
         check(not fits, f"got {name!r}; {allowed}", "name")
     check("\n" in str(values.get("description", "")), "has several lines, expected one", "description")
-    dim, heads, positions = _count(model.get("dim")), _count(model.get("heads")), model.get("positions")
+    dim, heads, positions = whole_number(model.get("dim")), whole_number(model.get("heads")), model.get("positions")
     if dim and heads:
         rest = f"with model.heads: {heads}; dim must be a multiple of heads, {_multiples(dim, heads)}"
         check(dim % heads != 0, f"got {dim} {rest}", "model.dim", "model.heads")
@@ -194,7 +195,7 @@ def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
     if isinstance(contexts, list):
         twice = sorted({c for c in contexts if isinstance(c, int) and contexts.count(c) > 1})
         check(bool(twice), f"got {contexts}, in which {twice} stand twice; list each length once", "data.eval_contexts")
-    found += _strategy_problems(strategy, _section(values, "trainer"))
+    found += recipe_strategy.problems(values)
     for key in ("init_from", "resume"):
         path = values.get(key)
         if isinstance(path, str) and not (key == "resume" and path == "auto"):
@@ -206,27 +207,6 @@ def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
     return found
 
 
-def _strategy_problems(strategy: Values, trainer: Values) -> list[tuple[tuple[str, ...], Problem]]:
-    found: list[tuple[tuple[str, ...], Problem]] = []
-    name, size = strategy.get("name"), _count(strategy.get("sequence_parallel_size"))
-    devices = _count(trainer.get("devices")) * _count(trainer.get("num_nodes", 1))
-    if isinstance(name, str) and name not in schema.STRATEGIES:
-        hint = typed.suggestion(name, schema.STRATEGIES)
-        return [(("strategy.name",), Problem("strategy.name", f"got {name!r}; {hint}"))]
-    key = "strategy.sequence_parallel_size"
-    if not isinstance(name, str) or size <= 1:
-        return found
-    if not name.startswith("sequence_parallel"):
-        message = f"got {size} with strategy.name: {name}, which does not divide sequences; set it to 1"
-        able = [s for s in schema.STRATEGIES if s.startswith("sequence_parallel")]
-        message += f", or strategy.name to {' or '.join(able)}" if able else ""
-        found.append(((key, "strategy.name"), Problem(key, message)))
-    elif devices % size:
-        message = f"got {size}, which does not divide the {devices} devices"
-        found.append(((key, "trainer.devices", "trainer.num_nodes"), Problem(key, message)))
-    return found
-
-
 def _known(values: Values) -> list[str]:
     """Every key that this recipe could have, as dotted paths."""
     from lightning import Trainer
@@ -234,13 +214,13 @@ def _known(values: Values) -> list[str]:
     from longnet_kit import attention, data
 
     paths = schema.names(schema.Recipe)
-    for name, section in schema.SECTIONS.items():
-        paths += [join(name, key) for key in schema.names(section)]
+    for name, cls in schema.SECTIONS.items():
+        paths += [join(name, key) for key in schema.names(cls)]
     arguments = inspect.signature(Trainer).parameters
     paths += [join("trainer", key) for key in arguments if key not in schema.TRAINER_REFUSED]
     for registry, key, config in (
-        (attention.registry, "model.attention", _section(values, "model").get("attention")),
-        (data.registry, "data", _section(values, "data")),
+        (attention.registry, "model.attention", mapping_at(values, "model").get("attention")),
+        (data.registry, "data", mapping_at(values, "data")),
     ):
         name = config.get(registry.selector) if isinstance(config, dict) else None
         taken = inspect.signature(registry.get(name)).parameters if name in registry.names() else ()
@@ -275,22 +255,12 @@ def _multiples(dim: int, heads: int) -> str:
     return f"like {below} or {below + heads}" if below else f"like {heads}"
 
 
-def _count(value: Any) -> int:
-    """The value where it is a whole number of at least 1, else 0."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else 0
-
-
 def _is_top_level(name: str) -> bool:
     return name != "notes"
 
 
 def _within(key: str, wrong: set[str]) -> bool:
     return any(key == other or key.startswith(f"{other}.") for other in wrong)
-
-
-def _section(values: Values, name: str) -> Values:
-    section = values.get(name)
-    return section if isinstance(section, dict) else {}
 
 
 def _without(values: Mapping[str, Any], names: Iterable[str], *more: str) -> Values:

@@ -14,8 +14,8 @@ from longnet_kit.typed import Range
 Count = Annotated[int, Range(at_least=1)]
 Natural = Annotated[int, Range(at_least=0)]
 
-STRATEGIES = ("auto", "ddp", "fsdp")
-"""What `strategy.name` may be."""
+STRATEGIES = ("auto", "ddp", "fsdp", "sequence_parallel", "sequence_parallel_fsdp")
+"""What `strategy.name` may be; `auto` is `ddp` on several devices."""
 
 SELECTORS = {"model.attention": "backend", "model.attention.pattern": "kind", "data": "source", "strategy": "name"}
 """Mappings whose other keys depend on one of them: a layer that changes that one starts the mapping afresh."""
@@ -41,6 +41,8 @@ class Model:
     """Whether a token sees only itself and those before it."""
     attention: dict[str, Any] = field(default_factory=lambda: {"backend": "dilated"})
     """`backend`, and the keys of that backend."""
+    activation_checkpointing: Literal["none", "blocks"] = "none"
+    """`blocks`: keep only each block's input, and compute the rest again in the backward pass."""
 
 
 @dataclass
@@ -101,7 +103,9 @@ class Strategy:
     name: str = "auto"
     """One of `STRATEGIES`."""
     sequence_parallel_size: Count = 1
-    """Ranks that share one sequence; divides the devices."""
+    """Ranks that share one sequence; divides the devices and `data.seq_len`."""
+    timeout: Annotated[float, Range(above=0)] = 600.0
+    """Seconds that ranks wait for one another before the job is brought down."""
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longnet_kit import recipe, runs
 from longnet_kit.recipe import Recipe
@@ -13,33 +13,42 @@ FREE_ON_RESUME = (("trainer", "max_steps"), ("trainer", "devices"), ("strategy",
 """What may differ from the saved recipe when a run is resumed; `resume` itself and the words about it aside."""
 
 
-def find(r: Recipe) -> tuple[Path | None, Path | None]:
-    """Where to go on.
+class Place(NamedTuple):
+    """Where a run goes on or starts."""
 
-    Returns:
-        The run directory to go on in, None for a new one; and the checkpoint, None for a start from scratch.
+    directory: Path | None = None
+    """The run directory to go on in; None for a new one."""
+    ckpt: Path | None = None
+    """The checkpoint to go on from; None for a start from scratch."""
+    is_finished: bool = False
+    """Whether the run there has done all the steps that the recipe asks for."""
+
+
+def find(r: Recipe) -> Place:
+    """Where a recipe's run goes on, by its `resume`.
 
     Raises:
         ValueError: there is nothing to resume, or it was trained under another recipe.
     """
     if r.resume is None:
-        return None, None
+        return Place()
     if r.resume == "auto":
         saved = [d for d in runs.versions(r.name) if (d / runs.RECIPE).is_file()]
         if not saved:
-            return None, None
-        _check_same(r, saved[-1])
-        has_checkpoint = any((saved[-1] / runs.CHECKPOINTS).glob("step_*.ckpt"))
-        return saved[-1], runs.checkpoint(saved[-1]) if has_checkpoint else None
+            return Place()
+        newest = saved[-1]
+        _check_same(r, newest)
+        has_checkpoint = any((newest / runs.CHECKPOINTS).glob("step_*.ckpt"))
+        return Place(newest, runs.checkpoint(newest) if has_checkpoint else None, _is_finished(newest, r))
     path = Path(r.resume)
     ckpt = path if path.is_file() else runs.checkpoint(runs.find(path))
     run_directory = ckpt.parent.parent
     if (run_directory / runs.RECIPE).is_file():
         _check_same(r, run_directory)
-    return None, ckpt
+    return Place(ckpt=ckpt)
 
 
-def is_finished(directory: Path, r: Recipe) -> bool:
+def _is_finished(directory: Path, r: Recipe) -> bool:
     """Whether a run has done all the steps that the recipe asks for."""
     if runs.read_summary(directory).get("status") != "finished":
         return False

@@ -38,5 +38,6 @@ def build(model: recipe.Model, vocab_size: int, seq_len: int, dtype: torch.dtype
         causal=model.causal,
         seq_len=seq_len,
         attention=model.attention,
+        activation_checkpointing=model.activation_checkpointing,
         compute_dtype=dtype,
     )

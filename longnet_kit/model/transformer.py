@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from longnet_kit import attention as backends
 from longnet_kit.attention import AttentionBackend
+from longnet_kit.attention.sharding import SequenceShard
 from longnet_kit.model import positions as position_embeddings
+from longnet_kit.model.dropout import Dropout
 from longnet_kit.model.positions import Kind, rotate
 
 Tables = tuple[Tensor, Tensor]
@@ -36,11 +39,16 @@ class Transformer(nn.Module):
         causal: a token sees none after it.
         seq_len: the length that the model is for; others work too. xPos is centred on it.
         attention: `backend` and its own keys, as in a recipe; each layer has a backend of its own.
+        activation_checkpointing: `blocks` keeps only the input of each block and computes the rest again in the
+            backward pass; `none` keeps everything.
         compute_dtype: the dtype in which matrix products will run, for xPos's range check.
 
     Raises:
         ValueError: sizes or settings that do not go together, or an attention mapping that is wrong.
     """
+
+    shard: SequenceShard | None = None
+    """Which part of longer sequences the tokens are; None when they are whole. A sequence-parallel strategy sets it."""
 
     def __init__(
         self,
@@ -55,6 +63,7 @@ class Transformer(nn.Module):
         causal: bool = True,
         seq_len: int,
         attention: Mapping[str, Any],
+        activation_checkpointing: Literal["none", "blocks"] = "none",
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -70,14 +79,18 @@ class Transformer(nn.Module):
             "positions": positions,
             "causal": causal,
             "attention": dict(attention),
+            "activation_checkpointing": activation_checkpointing,
         }
+        if activation_checkpointing not in ("none", "blocks"):
+            raise ValueError(f"activation_checkpointing is {activation_checkpointing!r}, expected 'none' or 'blocks'")
         self.causal = causal
         self.seq_len = seq_len
+        self.activation_checkpointing = activation_checkpointing
         self.positions = position_embeddings.build(
             positions, head_dim=dim // heads, seq_len=seq_len, causal=causal, dtype=compute_dtype
         )
         self.embedding = nn.Embedding(vocab_size, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         blocks = nn.ModuleList(Block(dim, heads, ffn_dim, dropout, causal, attention) for _ in range(layers))
         self.blocks = cast(Sequence[Block], blocks)
         self.norm = nn.LayerNorm(dim)
@@ -105,8 +118,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens: (B, N) integers below V.
-            positions: (N,) or (B, N) integers for the position embedding, 0 to N - 1 by default. They never decide
-                which keys a query sees.
+            positions: (N,) or (B, N) integers for the position embedding, by default 0 to N - 1, or a shard's place in
+                its sequence. They never decide which keys a query sees.
             key_padding_mask: (B, N) bool, True where the token is real; pad on the right.
 
         Returns:
@@ -118,7 +131,10 @@ class Transformer(nn.Module):
         tables = self._tables(tokens, positions)
         x = self.dropout(self.embedding(tokens))
         for block in self.blocks:
-            x = block(x, tables, key_padding_mask)
+            if self.activation_checkpointing == "blocks" and torch.is_grad_enabled():
+                x = checkpoint(block, x, tables, key_padding_mask, use_reentrant=False)
+            else:
+                x = block(x, tables, key_padding_mask)
         return self.norm(x)
 
     def flops(self, seq_len: int) -> int | None:
@@ -146,8 +162,11 @@ class Transformer(nn.Module):
         if positions is None:
             if self.positions is None:
                 return None
-            self.positions.check(tokens.shape[1])
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            first, shards = 0, 1
+            if self.shard is not None:
+                first, shards = self.shard.first_position(tokens.shape[1]), self.shard.size
+            self.positions.check(tokens.shape[1] * shards)
+            positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
         elif positions.shape not in (tokens.shape, tokens.shape[1:]) or positions.is_floating_point():
             raise ValueError(
                 f"positions is {positions.dtype} of shape {tuple(positions.shape)}, expected integers of shape "
@@ -168,7 +187,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention = SelfAttention(dim, heads, causal, backends.build(attention))
         self.feed_forward = FeedForward(dim, ffn_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, tables: Tables | None, key_padding_mask: Tensor | None) -> Tensor:
         x = x + self.dropout(self.attention(x, tables, key_padding_mask))

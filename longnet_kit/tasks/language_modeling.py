@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from longnet_kit.attention.sharding import bound
 from longnet_kit.model import Transformer
 from longnet_kit.model.loss import IGNORED, token_losses
-from longnet_kit.tasks import optimization, register
+from longnet_kit.tasks import optimization, register, windows
 from longnet_kit.tasks.metrics import LossByPosition, MeanLoss
 from longnet_kit.tasks.scalars import due, record
 
@@ -113,7 +115,7 @@ class LanguageModeling(LightningModule):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             scalars = {
                 "train/loss": self._metrics["train"].compute(),
-                "train/grad_norm": nn.utils.get_total_norm(gradients),
+                "train/grad_norm": _whole(nn.utils.get_total_norm(gradients)),
                 "train/lr": optimizer.param_groups[0]["lr"],
             }
             record(self, scalars, step)
@@ -163,16 +165,18 @@ class LanguageModeling(LightningModule):
 
     def _evaluate(self, batch: Batch) -> None:
         tokens, targets = batch["tokens"], batch["targets"]
+        shard = self.model.shard
         whole = self._losses(tokens, targets)
-        self._metrics["whole"].update(*whole)
-        batch_size, seq_len = tokens.shape
+        n = tokens.shape[1]
+        self._metrics["whole"].update(*whole, 0 if shard is None else shard.first_position(n))
         for context in self.eval_contexts:
-            windows = seq_len // context
-            if context == seq_len:
+            if context == n * (1 if shard is None else shard.size):
                 self._metrics[f"@{context}"].update(*whole)
-            elif windows:
-                cut = (x[:, : windows * context].reshape(batch_size * windows, context) for x in (tokens, targets))
-                self._metrics[f"@{context}"].update(*self._losses(*cut))
+                continue
+            cut = windows.cut(tokens, targets, context, shard)
+            if cut is not None:
+                with bound(self.model, cut.shard):
+                    self._metrics[f"@{context}"].update(*self._losses(cut.tokens, cut.targets))
 
     def _finish_evaluation(self, stage: str) -> None:
         """Record everything measured under `stage`, `val` or `test`."""
@@ -187,3 +191,8 @@ class LanguageModeling(LightningModule):
         for context in self.eval_contexts:
             scalars[f"{stage}/perplexity@{context}"] = self._metrics[f"@{context}"].compute().exp()
         record(self, scalars, self.trainer.global_step)
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """A norm over all ranks' parts of the gradients, where they are sharded."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

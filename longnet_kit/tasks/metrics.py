@@ -57,16 +57,17 @@ class LossByPosition(Metric):
         self.add_state("total", torch.zeros(length, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(length, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, losses: Tensor, counted: Tensor) -> None:
-        """Add windows.
+    def update(self, losses: Tensor, counted: Tensor, first: int = 0) -> None:
+        """Add windows, or the same part of each.
 
         Args:
-            losses: (B, N) with N at most `length`; 0 where a token does not count.
+            losses: (B, N) with first + N at most `length`; 0 where a token does not count.
             counted: (B, N) bool.
+            first: the position of the first of the N tokens.
         """
-        seq_len = losses.shape[1]
-        self.total[:seq_len] += losses.sum(0, dtype=torch.float64)
-        self.count[:seq_len] += counted.sum(0)
+        places = slice(first, first + losses.shape[1])
+        self.total[places] += losses.sum(0, dtype=torch.float64)
+        self.count[places] += counted.sum(0)
 
     def compute(self) -> Losses:
         """The means so far."""

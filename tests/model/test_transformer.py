@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_kit import attention, model
+from longnet_kit.model.dropout import Dropout
 from tests.model.small import DILATED, NAIVE_DILATED, SEQ_LEN, VOCAB, network, some_tokens
 
 ATTENTIONS = {
@@ -223,7 +224,7 @@ def test_dropout_is_on_the_embedding_and_on_each_sublayer() -> None:
     """With everything dropped, a block gives what it got, and the first one gets nothing."""
     net = network()
     for module in net.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, Dropout):
             module.p = 1.0
     x = torch.randn(2, SEQ_LEN, 32)
     for block in net.blocks:

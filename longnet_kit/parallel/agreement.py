@@ -1,0 +1,43 @@
+"""Starting the processes of a run and letting the first of them decide for all."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from lightning import Trainer
+
+from longnet_kit.parallel.strategies import SequenceParallel
+
+T = TypeVar("T")
+
+
+def agree(trainer: Trainer, decide: Callable[[], T]) -> T:
+    """What `decide` returns on the first rank, on all ranks.
+
+    Starts and connects the processes, if the trainer has several: whichever starts them, none may look at a run
+    directory that another is changing.
+
+    Raises:
+        ValueError: `decide` raised it. The other ranks exit with 2, silently.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, SequenceParallel):
+        return decide()
+    if strategy.launcher is not None:
+        strategy.launcher.launch(strategy.join, trainer=trainer)
+    else:  # a process that was started by others
+        strategy.join()
+    outcome: tuple[Any, str] = (None, "")
+    if strategy.is_global_zero:
+        try:
+            outcome = (decide(), "")
+        except ValueError as error:
+            outcome = (None, str(error))
+    decided, refusal = strategy.broadcast(outcome)
+    if refusal and strategy.is_global_zero:
+        raise ValueError(refusal)
+    if refusal:
+        sys.exit(2)
+    return decided  # type: ignore[return-value]

@@ -1,0 +1,196 @@
+"""Lightning strategies that divide each sequence among the ranks of a group, and batches among the groups: the
+common part, and the one on DDP.
+
+Ranks form a mesh ("data", "sequence"), the sequence axis innermost. Data is sampled by the data axis alone; each batch
+is moved to the device, then cut along its sequence. Gradients are averaged over all ranks, so a loss must be this
+rank's sum over tokens times the world size, over the number of tokens of all ranks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.strategy import Strategy
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from longnet_kit.attention.sharding import bind
+from longnet_kit.parallel import batches
+from longnet_kit.parallel.group import ProcessShard
+
+TIMEOUT = 600.0
+"""Seconds that a transfer may take by default before the job is brought down."""
+
+
+class SequenceParallel(Strategy):
+    """What both strategies share."""
+
+    _sequence_parallel_size: int | Literal["auto"]
+    _timeout: timedelta | None
+    _shard: ProcessShard | None = None
+    _mesh: DeviceMesh | None = None
+
+    @property
+    def shard(self) -> ProcessShard:
+        """This rank among those that hold one sequence, once processes are connected."""
+        if self._shard is None:
+            raise RuntimeError("the processes are not connected yet: the shard is known from setup_environment on")
+        return self._shard
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """Ranks that share one sequence.
+
+        Raises:
+            ValueError: it does not divide the devices.
+        """
+        world = self.world_size  # type: ignore[attr-defined]
+        size = world if self._sequence_parallel_size == "auto" else self._sequence_parallel_size
+        if world % size:
+            raise ValueError(indivisible_world(size, world))
+        return size
+
+    def join(self) -> None:
+        """Connect this process with the others; nothing happens the second time."""
+        raise NotImplementedError
+
+    def setup_environment(self) -> None:
+        size = self.sequence_parallel_size  # before any process waits for another
+        self.join()
+        if self._shard is None:
+            self._connect(size)
+
+    def _connect(self, size: int) -> None:
+        """Make the mesh and this rank's group, in the same order on all ranks."""
+        world = dist.get_world_size()
+        places = torch.arange(world).view(-1, size)  # (data, sequence)
+        mine: list[dist.ProcessGroup] = []
+        for ranks_of_all in (places.T.tolist(), places.tolist()):
+            for ranks in ranks_of_all:
+                whole = len(ranks) == world
+                group = dist.group.WORLD if whole else dist.new_group(ranks, timeout=self._timeout)
+                if dist.get_rank() in ranks:
+                    mine.append(group)  # type: ignore[arg-type]
+        device = self.root_device.type
+        self._mesh = DeviceMesh.from_group(mine, device, places, mesh_dim_names=("data", "sequence"))
+        self._shard = ProcessShard(places[dist.get_rank() // size].tolist(), mine[1], self._timeout)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The data axis alone: the ranks of a sequence are one replica."""
+        size = self.sequence_parallel_size
+        return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}  # type: ignore[attr-defined]
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Seed workers by the data rank, so that the ranks of a sequence draw alike."""
+
+        loader = super().process_dataloader(dataloader)
+        if (
+            isinstance(loader, DataLoader)
+            and loader.worker_init_fn is None
+            and os.environ.get("PL_SEED_WORKERS") == "1"
+        ):
+            loader.worker_init_fn = partial(pl_worker_init_function, rank=self.distributed_sampler_kwargs["rank"])
+        return loader
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Check that the group holds one batch, move it, and cut out this rank's part of each sequence.
+
+        A LightningModule that has `shard_batch(batch, shard)` cuts for itself.
+        """
+        batches.check_same(batch, self.shard, self.root_device)
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        own = getattr(self.lightning_module, "shard_batch", None)
+        return batches.cut(batch, self.shard) if own is None else own(batch, self.shard)
+
+    def setup(self, trainer: Trainer) -> None:
+        bind(self._module, self.shard)
+        super().setup(trainer)
+
+    def teardown(self) -> None:
+        if self.lightning_module is not None:
+            bind(self.lightning_module, None)
+        super().teardown()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Say which rank ends and what that means for the others."""
+        super().on_exception(exception)
+        if isinstance(exception, Exception) and not isinstance(exception, ValueError):
+            print(self._last_words(exception), file=sys.stderr, flush=True)
+
+    def _last_words(self, exception: BaseException) -> str:
+        rank, world = self.global_rank, self.world_size  # type: ignore[attr-defined]
+        seconds = f"{self._timeout.total_seconds():g} s" if self._timeout else "the backend's timeout"
+        what = f"{type(exception).__name__}: {str(exception).strip().splitlines()[0] if str(exception) else ''}"
+        if _is_about_transfers(exception):
+            what = f"another rank died, or did not answer within {seconds} ({what})"
+        return f"longnet_kit: rank {rank} of {world} ends: {what}. The job comes down with it"
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+
+class SequenceParallelStrategy(SequenceParallel, DDPStrategy):
+    """Sequence parallelism with the whole model on every rank, gradients averaged by DDP.
+
+    Args:
+        sequence_parallel_size: ranks that share one sequence; the others are data-parallel. `auto`: all.
+        timeout: how long a transfer may take before the job is brought down.
+        kwargs: those of DDPStrategy.
+
+    Raises:
+        ValueError: when training starts, if the size does not divide the devices.
+    """
+
+    strategy_name = "sequence_parallel"
+
+    def __init__(
+        self,
+        sequence_parallel_size: int | Literal["auto"] = "auto",
+        timeout: timedelta | None = timedelta(seconds=TIMEOUT),
+        **kwargs: Any,
+    ) -> None:
+        if not {"broadcast_buffers", "forward_sync_buffers"} & kwargs.keys():  # a buffer may belong to the shard
+            named = inspect.signature(DistributedDataParallel).parameters
+            kwargs["forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"] = False
+        super().__init__(timeout=timeout, **kwargs)
+        self._sequence_parallel_size = checked_size(sequence_parallel_size)
+
+    def join(self) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup_device(self.root_device)
+        self.setup_distributed()
+
+
+def indivisible_world(size: int, world: int) -> str:
+    """What is wrong with groups of `size` ranks in a world that they do not divide, and which sizes do."""
+    divisors = ", ".join(str(d) for d in range(1, world + 1) if world % d == 0)
+    more = -(-world // size) * size
+    return f"got {size}, which does not divide the {world} devices; use one of {divisors}, or {more} devices"
+
+
+def checked_size(size: int | Literal["auto"]) -> int | Literal["auto"]:
+    if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(f"sequence_parallel_size is {size!r}, expected a whole number of at least 1, or 'auto'")
+    return size
+
+
+def _is_about_transfers(exception: BaseException) -> bool:
+    """Whether an error came out of torch.distributed's transport, not out of the computation."""
+    if isinstance(exception, dist.DistError):
+        return True
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out", "Broken pipe")
+    return isinstance(exception, RuntimeError) and any(word in str(exception) for word in words)
