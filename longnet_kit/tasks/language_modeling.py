@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import LightningModule
+from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -87,6 +88,9 @@ class LanguageModeling(LightningModule):
         """Take the dtype of the saved weights: Lightning restores them before it casts, and would round float64."""
         saved = checkpoint["state_dict"].get("model.embedding.weight", self.model.embedding.weight)
         self.model.to(saved.dtype)
+
+    def on_fit_start(self) -> None:
+        reset_seed()  # what is drawn in training must not depend on what was drawn to start one process or many
 
     def on_train_start(self) -> None:
         self._metrics["train"] = MeanLoss().to(self.device)
