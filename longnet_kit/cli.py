@@ -1,7 +1,8 @@
 """The command `longnet VERB ...`: parses the arguments and calls one function of the package.
 
-Exit codes: 0 done, 2 the user's error (one message on stderr), 1 a fault (with its traceback), 130 interrupted, 141 the
-reader of the output is gone. Everything heavy is imported by the verb that needs it.
+Exit codes: 0 done, 2 the user's error (one message on stderr), 1 a fault (with its traceback, unless it is that another
+rank of the job was lost), 130 interrupted, 141 the reader of the output is gone. Everything heavy is imported by the
+verb that needs it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"longnet: {error}", file=sys.stderr)
         return USER_ERROR
+    except RuntimeError as error:
+        if "torch.distributed" not in sys.modules or not _is_lost_rank(error):
+            raise
+        return FAULT  # the strategy has said which rank ends and why; where it waited is of no interest
 
 
 def _fit(arguments: argparse.Namespace) -> int:
@@ -90,6 +95,12 @@ def _check_backend(arguments: argparse.Namespace) -> int:
     from longnet_kit import testing
 
     return testing.main_check(arguments.name, options)
+
+
+def _is_lost_rank(error: RuntimeError) -> bool:
+    from longnet_kit.parallel.strategies import is_about_transfers
+
+    return is_about_transfers(error)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -25,6 +25,14 @@ def agree(trainer: Trainer, decide: Callable[[], T]) -> T:
     strategy = trainer.strategy
     if not isinstance(strategy, SequenceParallel):
         return decide()
+    try:
+        return _decided_by_the_first(trainer, strategy, decide)
+    except RuntimeError as error:
+        strategy.on_exception(error)
+        raise
+
+
+def _decided_by_the_first(trainer: Trainer, strategy: SequenceParallel, decide: Callable[[], T]) -> T:
     if strategy.launcher is not None:
         strategy.launcher.launch(strategy.join, trainer=trainer)
     else:  # a process that was started by others

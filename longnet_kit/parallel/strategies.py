@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
+import subprocess
 import sys
+import time
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -31,6 +34,12 @@ from longnet_kit.parallel.group import ProcessShard
 
 TIMEOUT = 600.0
 """Seconds that a transfer may take by default before the job is brought down."""
+
+_GRACE = 5.0
+"""Seconds that other ranks of a failed job have to end by themselves."""
+
+_LAUNCHER = "LONGNET_LAUNCHER"
+"""The environment variable by which ranks know the process that started them, itself the first rank."""
 
 
 class SequenceParallel(Strategy):
@@ -123,17 +132,29 @@ class SequenceParallel(Strategy):
             bind(self.lightning_module, None)
         super().teardown()
 
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if not self.cluster_environment.creates_processes_externally:  # type: ignore[attr-defined]
+            os.environ[_LAUNCHER] = str(os.getpid())
+
     def on_exception(self, exception: BaseException) -> None:
-        """Say which rank ends and what that means for the others."""
+        """Say which rank ends, and see to it that none of those that this job started stays behind."""
         super().on_exception(exception)
         if isinstance(exception, Exception) and not isinstance(exception, ValueError):
             print(self._last_words(exception), file=sys.stderr, flush=True)
+        for process in getattr(self.launcher, "procs", ()):
+            try:
+                process.wait(_GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        if is_about_transfers(exception) and str(os.getppid()) == os.environ.get(_LAUNCHER):
+            _end_launcher(os.getppid())
 
     def _last_words(self, exception: BaseException) -> str:
         rank, world = self.global_rank, self.world_size  # type: ignore[attr-defined]
         seconds = f"{self._timeout.total_seconds():g} s" if self._timeout else "the backend's timeout"
         what = f"{type(exception).__name__}: {str(exception).strip().splitlines()[0] if str(exception) else ''}"
-        if _is_about_transfers(exception):
+        if is_about_transfers(exception):
             what = f"another rank died, or did not answer within {seconds} ({what})"
         return f"longnet_kit: rank {rank} of {world} ends: {what}. The job comes down with it"
 
@@ -188,8 +209,20 @@ def checked_size(size: int | Literal["auto"]) -> int | Literal["auto"]:
     return size
 
 
-def _is_about_transfers(exception: BaseException) -> bool:
-    """Whether an error came out of torch.distributed's transport, not out of the computation."""
+def _end_launcher(pid: int) -> None:
+    """Kill the rank that started this one, unless it ends by itself: a rank that hangs cannot."""
+    deadline = time.monotonic() + _GRACE
+    while os.getppid() == pid and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if os.getppid() == pid:
+        print(
+            f"longnet_kit: the first rank (process {pid}) does not end by itself: killed", file=sys.stderr, flush=True
+        )
+        os.kill(pid, signal.SIGKILL)
+
+
+def is_about_transfers(exception: BaseException) -> bool:
+    """Whether an error came out of torch.distributed's transport, because another rank is gone or silent."""
     if isinstance(exception, dist.DistError):
         return True
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out", "Broken pipe")

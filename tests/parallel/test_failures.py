@@ -1,0 +1,105 @@
+"""A rank that dies or hangs brings the job down, with a message, within the timeout and 10 seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.parallel import desk, ranks
+
+pytestmark = pytest.mark.timeout(300)
+TIMEOUT = 15
+"""Long enough for ranks that start at different moments on a busy machine."""
+ENDLESS = ["fit", "tiny.yaml", "trainer.max_steps=1000000", "trainer.val_check_interval=1000000"]
+ENDLESS += ["checkpoint.every_n_steps=1000000", f"strategy.timeout={TIMEOUT}"]
+
+
+class Job:
+    """A training of two ranks that would go on for long; `pids` are theirs, in order."""
+
+    def __init__(self, folder: Path, by_command: bool) -> None:
+        self.log = folder / "log.txt"
+        command = [sys.executable, "-m", "longnet_kit.cli", *ENDLESS]
+        shared = desk.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ranks.free_port()), NODE_RANK="0")
+        own = [{}] if by_command else [{"LOCAL_RANK": str(rank)} for rank in (0, 1)]
+        with self.log.open("w") as log:
+            self.started = [
+                subprocess.Popen(command, cwd=folder, env=shared | more, stdout=log, stderr=subprocess.STDOUT)
+                for more in own
+            ]
+        metrics = folder / "runs/tiny/version_0/metrics.csv"
+        wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, 120)
+        self.pids = [process.pid for process in self.started]
+        if by_command:
+            children = Path(f"/proc/{self.pids[0]}/task/{self.pids[0]}/children").read_text().split()
+            self.pids += [pid for pid in map(int, children) if b"longnet_kit.cli" in cmdline(pid)]
+        assert len(self.pids) == 2
+
+    def is_gone(self, rank: int) -> bool:
+        for process in self.started:
+            process.poll()
+        return not os.path.exists(f"/proc/{self.pids[rank]}")
+
+    def end(self) -> None:
+        for rank, pid in enumerate(self.pids):
+            if not self.is_gone(rank):
+                os.kill(pid, signal.SIGKILL)
+        for process in self.started:
+            process.wait()
+
+
+def cmdline(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> float:
+    """Seconds until it was true."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < seconds, "it did not happen"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Callable[[bool], Job]]:
+    desk.lay(tmp_path)
+    made: list[Job] = []
+    yield lambda by_command: made.append(Job(tmp_path, by_command)) or made[-1]
+    for job in made:
+        job.end()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks of a job in /proc")
+@pytest.mark.parametrize(
+    ("by_command", "how", "victim"),
+    [
+        pytest.param(by_command, how, victim, id=f"rank {victim} {what}, started by {starter}")
+        for by_command, starter in ((True, "the command"), (False, "others"))
+        for how, what in ((signal.SIGKILL, "dies"), (signal.SIGSTOP, "hangs"))
+        for victim in (0, 1)
+        if by_command or (how, victim) != (signal.SIGSTOP, 0)
+    ],
+)
+def test_a_lost_rank_ends_the_job(
+    victim: int, how: signal.Signals, by_command: bool, jobs: Callable[[bool], Job]
+) -> None:
+    job = jobs(by_command)
+    os.kill(job.pids[victim], how)
+    other = 1 - victim
+    wait_until(lambda: job.is_gone(other), TIMEOUT + 10)
+    if by_command:  # a job that starts its ranks leaves none behind
+        wait_until(lambda: job.is_gone(victim), 10)
+    log = job.log.read_text()
+    assert f"longnet_kit: rank {other} of 2 ends: another rank died, or did not answer within {TIMEOUT} s" in log
+    assert "Traceback" not in log
+    for process, rank in zip(job.started, (0, 1), strict=False):
+        if job.is_gone(rank):
+            assert process.wait() != 0

@@ -1,0 +1,128 @@
+"""Runs of several processes from the command line, however they are started; they agree on one run directory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.parallel import desk, ranks
+
+pytestmark = pytest.mark.timeout(600)
+COMMAND = ["-m", "longnet_kit.cli", "fit", "tiny.yaml"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """The summary of the run on one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    desk.lay(folder)
+    desk.longnet(folder, "fit", "tiny.yaml", "trainer.devices=1", "strategy.name=auto")
+    return desk.summary(folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    desk.lay(tmp_path)
+    return tmp_path
+
+
+def assert_one_run(folder: Path, alone: dict[str, float], name: str = "tiny") -> None:
+    """One run directory, with the numbers of the run on one process."""
+    assert [d.name for d in (folder / "runs" / name).iterdir()] == ["version_0"]
+    found = desk.summary(folder, f"runs/{name}/version_0")
+    assert found["status"] == "finished"
+    same = {tag for tag in alone if tag.startswith(("train/loss", "train/grad", "train/lr", "val/"))}
+    assert {tag: found[tag] for tag in same} == pytest.approx({tag: alone[tag] for tag in same}, rel=1e-4)
+
+
+def together(commands: list[list[str]], folder: Path, environments: list[dict[str, str]]) -> list[str]:
+    """Run commands at once; their outputs."""
+    return ranks.finish(
+        [
+            subprocess.Popen(
+                command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            for command, environment in zip(commands, environments, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("strategy", ["sequence_parallel", "sequence_parallel_fsdp"])
+def test_the_command_starts_its_processes(strategy: str, folder: Path, alone: dict[str, float]) -> None:
+    name = f"strategy.name={strategy}"
+    out = desk.longnet(folder, "fit", "tiny.yaml", name, "strategy.sequence_parallel_size=2")
+    assert out.count("finished  runs/tiny/version_0: 6 steps") == 1
+    assert out.count("tiny: 6 steps into") == 1
+    assert_one_run(folder, alone)
+    assert desk.longnet(folder, "validate", "runs/tiny").count("val/loss ") == 1
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])
+def test_data_parallel_runs_see_the_same_batches(strategy: str, folder: Path, alone: dict[str, float]) -> None:
+    desk.longnet(
+        folder, "fit", "tiny.yaml", f"strategy.name={strategy}", "data.batch_size=2", "trainer.limit_val_batches=4"
+    )
+    wider = desk.summary(folder)
+    assert {t: wider[t] for t in ("train/loss", "train/grad_norm")} == pytest.approx(
+        {t: alone[t] for t in ("train/loss", "train/grad_norm")}, rel=1e-4
+    )
+
+
+def test_a_run_goes_on_with_other_processes(folder: Path, alone: dict[str, float]) -> None:
+    """Two ranks, then one, then two under FSDP, in one directory."""
+    longer = ["optimizer.schedule=constant", "trainer.val_check_interval=6"]
+    desk.longnet(folder, "fit", "tiny.yaml", *longer, "name=whole", "trainer.devices=1", "strategy.name=auto")
+    desk.longnet(folder, "fit", "tiny.yaml", *longer, "trainer.max_steps=2")
+    desk.longnet(
+        folder, "fit", "tiny.yaml", *longer, "trainer.max_steps=4", "resume=auto", "trainer.devices=1",
+        "strategy.name=auto",
+    )  # fmt: skip
+    fsdp = ["strategy.name=sequence_parallel_fsdp", "strategy.sequence_parallel_size=2"]
+    desk.longnet(folder, "fit", "tiny.yaml", *longer, "resume=auto", *fsdp)
+    assert_one_run(folder, desk.summary(folder, "runs/whole/version_0"))
+    out = desk.longnet(folder, "fit", "tiny.yaml", *longer, "resume=auto", *fsdp)
+    assert out.count("has finished its 6 steps") == 1
+
+
+def test_torchrun_on_one_node(folder: Path, alone: dict[str, float]) -> None:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        f"--master-port={ranks.free_port()}",
+    ]
+    together([[*torchrun, *COMMAND]], folder, [desk.environment()])
+    assert_one_run(folder, alone)
+
+
+def test_torchrun_on_two_nodes(folder: Path, alone: dict[str, float]) -> None:
+    """Both on this machine, as the README says for two: one process each, that share a sequence."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--nnodes=2"]
+    torchrun += ["--master-addr=127.0.0.1", f"--master-port={ranks.free_port()}"]
+    nodes = [[*torchrun, f"--node-rank={i}", *COMMAND, "trainer.devices=1", "trainer.num_nodes=2"] for i in (0, 1)]
+    together(nodes, folder, [desk.environment()] * 2)
+    assert_one_run(folder, alone)
+
+
+def test_slurm(folder: Path, alone: dict[str, float]) -> None:
+    """Two tasks on one node, with the variables that srun sets."""
+    shared = {
+        "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": str(20000 + ranks.free_port() % 10000),
+        "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port()),
+    }  # fmt: skip
+    tasks = [desk.environment(**shared, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in (0, 1)]
+    together([[sys.executable, *COMMAND]] * 2, folder, tasks)
+    assert_one_run(folder, alone)
+
+
+def test_an_error_of_the_first_rank_ends_all_and_is_told_once(folder: Path) -> None:
+    """Here a recipe that differs from the run's, which only the first rank compares."""
+    desk.longnet(folder, "fit", "tiny.yaml", "trainer.devices=1", "strategy.name=auto", "trainer.max_steps=2")
+    out = desk.longnet(folder, "fit", "tiny.yaml", "resume=auto", "optimizer.lr=0.5", expect=2)
+    assert out.count("optimizer.lr: 0.01 there, 0.5 here") == 1
+    assert "Traceback" not in out
