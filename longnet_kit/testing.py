@@ -7,6 +7,7 @@ pattern is checked, and the report says so.
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor
 from longnet_kit import attention
 from longnet_kit.attention.backend import AttentionBackend, Support
 from longnet_kit.attention.patterns import Pattern
+from longnet_kit.attention.sharding import SequenceShard, bind
 
 SEQ_LENS = (1, 2, 7, 32, 61)
 EXACT = 1e-9  # in float64
@@ -354,6 +356,43 @@ def _heads_by_index(subject: _Subject) -> None:
             _expect_close(some, whole[:, :, first:last], EXACT, f"{case}: heads {first} to {last - 1}")
 
 
+def _shards(subject: _Subject) -> None:
+    """Ranks that hold a shard of the sequence each give what one gives for the whole, gradients too"""
+    from longnet_kit.parallel import threads
+
+    refusal, checked = "no length divides among the ranks", False
+    for seq_len, causal, case in _cases(subject):
+        for ranks in (2, 4):
+            if seq_len % ranks:
+                continue
+            support = subject.backend.supports_shards(seq_len=seq_len, shards=ranks, heads=4)
+            refusal = refusal if support else support.reason
+            if not support:
+                continue
+            checked = True
+            inputs = _inputs(subject, seq_len, heads=4)
+            grad_out = torch.randn_like(inputs[0])
+            out, grads = _outcome(subject.backend, inputs, grad_out, causal)
+            parts = threads.run(ranks, partial(_from_shard, subject.backend, inputs, grad_out, causal))
+            where = f"{case} on {ranks} ranks"
+            _expect_close(torch.cat([part for part, _ in parts], 1), out, EXACT, f"{where}: the output")
+            for i, name in enumerate("qkv"):
+                joined = torch.cat([part_grads[i] for _, part_grads in parts], 1)
+                _expect_close(joined, grads[i], EXACT, f"{where}: the gradient of {name}")
+    if not checked:
+        raise _Unchecked(refusal)
+
+
+def _from_shard(
+    backend: AttentionBackend, inputs: _Inputs, grad_out: Tensor, causal: bool, shard: SequenceShard
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Output and gradients of this rank's part; each rank has a module of its own, as in a job."""
+    own = copy.deepcopy(backend)
+    bind(own, shard)
+    *parts, grad_part = (x.chunk(shard.size, 1)[shard.rank] for x in (*inputs, grad_out))
+    return _outcome(own, tuple(parts), grad_part, causal)  # type: ignore[arg-type]
+
+
 def _memory_layout(subject: _Subject) -> None:
     """Slices of a fused projection give what contiguous tensors give"""
     for seq_len, causal, case in _cases(subject):
@@ -422,6 +461,7 @@ _CLAIMS = (
     _right_padding_is_shorter,
     _batch_rows_are_independent,
     _heads_by_index,
+    _shards,
     _memory_layout,
     _deterministic,
     _other_dtypes,

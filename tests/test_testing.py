@@ -136,6 +136,13 @@ class HeadsByCount(Softmax):
         return super().scaled(scores, head_dim) * torch.arange(1, scores.shape[1] + 1)[:, None, None]
 
 
+class StaysInItsShard(Softmax):
+    """Attends to this rank's tokens alone, as implementations do that leave ranks out."""
+
+    def forward_sharded(self, q: Tensor, k: Tensor, v: Tensor, *rest: object, **heads: int) -> Tensor:
+        return self.forward(q, k, v)
+
+
 class Raises(Softmax):
     def scaled(self, scores: Tensor, head_dim: int) -> Tensor:
         raise RuntimeError("out of cheese")
@@ -161,6 +168,7 @@ def test_a_correct_plugin_passes_and_says_what_was_not_checked() -> None:
         (MixesTheBatch, "row 0 alone"),
         (WrongDtype, "float32"),
         (HeadsByCount, "heads 2 to 4"),
+        (StaysInItsShard, "on 2 ranks: the output is off"),
         (Raises, "out of cheese"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,43 @@ def on_one(shared_folder: Path) -> dict[str, scenarios.Outcome]:
         return torch.load(file, weights_only=False)
 
 
-@pytest.fixture(scope="session", params=["2", "4", "2x2"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
+CPU = [("2", "cpu"), ("4", "cpu"), ("2x2", "cpu")]
+CUDA = [pytest.param((layout, "cuda"), marks=pytest.mark.gpu) for layout in ("2", "4", "2x2")]
+
+
+@pytest.fixture(scope="session", params=[*CPU, *CUDA], ids=lambda place: "-".join(place))
+def place(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A layout and the accelerator that it runs on."""
+    layout, accelerator = request.param
+    needed = scenarios.LAYOUTS[layout][0] * scenarios.LAYOUTS[layout][1]
+    if accelerator == "cuda" and torch.cuda.device_count() < needed:
+        pytest.skip(f"needs {needed} CUDA devices, since NCCL takes one rank on each")
+    return layout, accelerator
 
 
 @pytest.fixture(scope="session")
-def on_many(layout: str, shared_folder: Path, on_one: dict[str, scenarios.Outcome]) -> dict[tuple[str, str], Any]:
+def layout(place: tuple[str, str]) -> str:
+    return place[0]
+
+
+@pytest.fixture(scope="session")
+def written(place: tuple[str, str], shared_folder: Path) -> Path:
+    """The folder of a layout's outcomes and checkpoints."""
+    folder = shared_folder / "-".join(place)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def on_many(
+    place: tuple[str, str], written: Path, shared_folder: Path, on_one: dict[str, scenarios.Outcome]
+) -> dict[tuple[str, str], Any]:
     """By strategy and scenario, what came out of a layout's training."""
-    with FileLock(shared_folder / f"{layout}.lock"):
-        file = shared_folder / f"{layout}.pt"
+    layout, accelerator = place
+    with FileLock(shared_folder / f"{written.name}.lock"):
+        file = written / f"{layout}.pt"
         if not file.exists():
+            shutil.copy(shared_folder / "1.ckpt", written)
             data, sequence = scenarios.LAYOUTS[layout]
-            ranks.finish(ranks.start(data * sequence, "tests.parallel.job", str(shared_folder), layout))
+            ranks.finish(ranks.start(data * sequence, "tests.parallel.job", str(written), layout, accelerator))
         return torch.load(file, weights_only=False)

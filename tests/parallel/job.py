@@ -1,4 +1,4 @@
-"""One rank of several that run all scenarios: `python -m tests.parallel.job FOLDER LAYOUT`.
+"""One rank of several that run all scenarios: `python -m tests.parallel.job FOLDER LAYOUT ACCELERATOR`.
 
 Lightning reads the rank from the environment. Rank 0 writes what came out into the folder.
 """
@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,12 +18,14 @@ import torch
 
 from longnet_kit.parallel import SequenceParallelStrategy
 from longnet_kit.parallel.strategies import SequenceParallel
-from tests.parallel.scenarios import LAYOUTS, MUTATIONS, SAVED_AT, SCENARIOS, STRATEGIES, train
+from tests.parallel import scenarios
+from tests.parallel.scenarios import LAYOUTS, MUTATIONS, SAVED_AT, SCENARIOS, STRATEGIES
 
 
-def main(folder: Path, layout: str) -> None:
+def main(folder: Path, layout: str, accelerator: str) -> None:
     """Run everything on this rank."""
     torch.set_num_threads(1)
+    train = partial(scenarios.train, accelerator=accelerator)
     size = LAYOUTS[layout][1]
     found: dict[tuple[str, str], Any] = {}
     for name, kind in STRATEGIES.items():
@@ -39,18 +42,18 @@ def main(folder: Path, layout: str) -> None:
         found[name, "resumed from the other"] = train(
             folder, layout, STRATEGIES[name](size), optimizer="adam", ckpt_path=ckpt
         )
-    found["ddp", "sampled by world rank"] = sampled_by_world_rank(folder, layout)
+    found["ddp", "sampled by world rank"] = sampled_by_world_rank(folder, layout, accelerator)
     if os.environ["LOCAL_RANK"] == "0":
         torch.save(found, folder / f"{layout}.pt")
 
 
-def sampled_by_world_rank(folder: Path, layout: str) -> str:
+def sampled_by_world_rank(folder: Path, layout: str, accelerator: str) -> str:
     """What a run says whose sampler gives each rank samples of its own."""
     world = LAYOUTS[layout][0] * LAYOUTS[layout][1]
     own = property(lambda self: {"num_replicas": world, "rank": self.global_rank})
     with mock.patch.object(SequenceParallel, "distributed_sampler_kwargs", own):
         try:
-            train(folder, layout, SequenceParallelStrategy(LAYOUTS[layout][1]))
+            scenarios.train(folder, layout, SequenceParallelStrategy(LAYOUTS[layout][1]), accelerator=accelerator)
         except ValueError as error:
             return str(error)
     return ""
@@ -59,4 +62,4 @@ def sampled_by_world_rank(folder: Path, layout: str) -> str:
 if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

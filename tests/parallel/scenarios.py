@@ -75,14 +75,14 @@ class Task(LanguageModeling):
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         tokens = batch["tokens"]
         assert tokens.shape[1] == SEQ_LEN, "transfer hooks see whole sequences"
-        place = torch.arange(SEQ_LEN)
+        place = torch.arange(SEQ_LEN, device=tokens.device)
         batch["targets"] = batch["targets"].masked_fill((tokens * 7 + place) % SEQ_LEN < place * 4 // 5, -100)
         return batch
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         step = self.trainer.global_step + 1
         if step in (1, STEPS):
-            self.gradients[step] = {name: whole(p.grad).clone() for name, p in self.named_parameters()}
+            self.gradients[step] = {name: whole(p.grad).cpu().clone() for name, p in self.named_parameters()}
         super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
 
@@ -118,6 +118,7 @@ def train(
     layout: str,
     strategy: SequenceParallel | str,
     *,
+    accelerator: str = "cpu",
     optimizer: str = "sgd",
     accumulate: int = 1,
     clip: float | None = None,
@@ -139,7 +140,7 @@ def train(
     data = corpus.module(folder / "cache", seq_len=SEQ_LEN, batch_size=GLOBAL_BATCH // replicas)
     history, ignored = History(), Ignored()
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=1 if layout == "1" else replicas * LAYOUTS[layout][1],
         strategy=strategy,
         plugins=[DoublePrecision()],
@@ -164,7 +165,7 @@ def train(
         history.curve("train/loss"),
         task.gradients,
         history.curve("train/grad_norm"),
-        {name: whole(p.detach()).clone() for name, p in task.named_parameters()},
+        {name: whole(p.detach()).cpu().clone() for name, p in task.named_parameters()},
         {tag: value for tag, value in history.steps[max_steps].items() if tag.startswith("val/")},
         ignored.ignored,
     )
@@ -181,4 +182,4 @@ def _without_group_factor(training_step: Any) -> Any:
 
 def _local_positions(self: Transformer, tokens: Tensor, positions: Tensor | None) -> Any:
     assert self.positions is not None
-    return self.positions.tables(torch.arange(tokens.shape[1]), torch.float64)
+    return self.positions.tables(torch.arange(tokens.shape[1], device=tokens.device), torch.float64)

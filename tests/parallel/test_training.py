@@ -90,20 +90,18 @@ def test_any_layout_goes_on_from_a_checkpoint_of_any(
 
 @strategies
 def test_one_process_goes_on_from_a_checkpoint_of_many(
-    strategy: str, layout: str, on_one: dict[str, Outcome], on_many: Many, shared_folder: Path
+    strategy: str, layout: str, on_one: dict[str, Outcome], on_many: Many, written: Path
 ) -> None:
-    ckpt = shared_folder / f"{layout}_{strategy}.ckpt"
-    found = scenarios.train(shared_folder, "1", "auto", optimizer="adam", ckpt_path=ckpt)
+    ckpt = written / f"{layout}_{strategy}.ckpt"
+    found = scenarios.train(written, "1", "auto", optimizer="adam", ckpt_path=ckpt)
     assert_same(found, going_on(on_one["adam"]), 1e-10)
 
 
 @strategies
 def test_a_checkpoint_does_not_show_how_many_wrote_it(
-    strategy: str, layout: str, on_one: dict[str, Outcome], on_many: Many, shared_folder: Path
+    strategy: str, layout: str, on_one: dict[str, Outcome], on_many: Many, written: Path
 ) -> None:
-    mine, known = (
-        torch.load(shared_folder / f"{name}.ckpt", weights_only=True) for name in (f"{layout}_{strategy}", "1")
-    )
+    mine, known = (torch.load(written / f"{name}.ckpt", weights_only=True) for name in (f"{layout}_{strategy}", "1"))
     assert_alike(mine, known, "checkpoint")
 
 
