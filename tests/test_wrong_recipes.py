@@ -106,6 +106,13 @@ def test_wrong_files(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "problems" not in told, "one cause, one problem"
 
 
+SPLIT = ["strategy.name=sequence_parallel"]
+
+
+def branches(w: int) -> list[str]:
+    return [f"model.attention.segment_lengths=[{w},16]", "model.attention.dilation_rates=[1,2]"]
+
+
 OVERRIDES = {
     "no value": (["model.layers"], ("'model.layers'", "expected key.path=value")),
     "unknown path": (["model.depth=3"], ("model.depth (on the command line)", "known in model", "layers")),
@@ -135,6 +142,53 @@ OVERRIDES = {
         ["strategy.sequence_parallel_size=2"],
         ("strategy.sequence_parallel_size", "got 2", "auto", "set it to 1"),
     ),
+    "sequence parallel on too few devices": (
+        [*SPLIT, "strategy.sequence_parallel_size=2"],
+        ("strategy.sequence_parallel_size", "got 2", "does not divide the 1 devices", "or 2 devices"),
+    ),
+    "ranks that do not divide the devices": (
+        [*SPLIT, "strategy.sequence_parallel_size=8", "trainer.devices=2", "trainer.num_nodes=2"],
+        ("strategy.sequence_parallel_size", "got 8", "the 4 devices", "use one of 1, 2, 4, or 8 devices"),
+    ),
+    "ranks that do not divide the sequence": (
+        [*SPLIT, "strategy.sequence_parallel_size=3", "trainer.devices=3"],
+        ("data.seq_len", "a sequence of 16 tokens", "3 ranks", "a length like 15 or 18"),
+    ),
+    "a segment that does not tile a shard": (
+        [*SPLIT, "strategy.sequence_parallel_size=2", "trainer.devices=2", *branches(3)],
+        ("model.attention", "a segment of 3 tokens", "a shard of 8", "16 on 2 ranks", "a segment length of 2", "of 18"),
+    ),
+    "a segment that does not span shards": (
+        [*SPLIT, "strategy.sequence_parallel_size=4", "trainer.devices=4", *branches(10)],
+        (
+            "model.attention",
+            "a segment of 10 tokens",
+            "a shard of 4",
+            "16 on 4 ranks",
+            "a segment length of 8",
+            "of 40",
+        ),
+    ),
+    "heads that do not divide among ranks": (
+        [*SPLIT, "strategy.sequence_parallel_size=4", "trainer.devices=4", "model.attention.backend=sdpa"],
+        ("model.attention", "2 heads do not divide among 4 ranks", "sequence_parallel_size of 2", "4 heads", "dilated"),
+    ),
+    "windows that do not fit shards": (
+        [*SPLIT, "strategy.sequence_parallel_size=4", "trainer.devices=4", "data.eval_contexts=[2,9]"],
+        ("data.eval_contexts", "windows of 9 tokens", "a shard of 4", "use 8 or 12"),
+    ),
+    "windows whose shards do not divide the heads": (
+        [
+            *SPLIT,
+            "strategy.sequence_parallel_size=4",
+            "trainer.devices=4",
+            "data.eval_contexts=[12]",
+            "model.heads=8",
+            "model.attention.backend=sdpa",
+        ],
+        ("data.eval_contexts", "windows of 12 tokens", "8 heads do not divide among 3 ranks"),
+    ),
+    "no time to wait": ([*SPLIT, "strategy.timeout=0"], ("strategy.timeout", "got 0", "above 0")),
     "unknown strategy": (["strategy.name=dpp"], ("strategy.name", "'dpp'", "did you mean 'ddp'?")),
     "weights that are not there": (["init_from=runs/none"], ("init_from", "'runs/none'", "a run directory")),
     "a run that is not there": (["resume=runs/none"], ("resume", "'runs/none'", "auto")),
