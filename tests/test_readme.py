@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from longnet_kit import testing
+from longnet_kit import recipe, testing
 from longnet_kit.attention.patterns import Dilated
 from longnet_kit.report.pattern_text import draw_branches
 
@@ -23,6 +23,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def block(language: str, words: str) -> str:
+    """The block of a language that holds these words."""
+    (found,) = (text for text in blocks(language) if words in text)
+    return found
+
+
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
 
 
@@ -32,9 +38,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     desk = tmp_path_factory.mktemp("readme")
     for name in ("tools", "recipes", "tests", "README.md", ".venv"):
         (desk / name).symlink_to(ROOT / name)
-    window, _ = blocks("python")
-    (desk / "window.py").write_text(window)
-    (desk / "window.yaml").write_text(blocks("yaml")[0])
+    (desk / "window.py").write_text(block("python", "class Window"))
+    (desk / "window.yaml").write_text(block("yaml", "name: window"))
+    (desk / "denoiser.py").write_text(block("python", "class Denoiser"))
     return desk
 
 
@@ -56,6 +62,8 @@ def test_every_command_runs(desk: Path) -> None:
             overrides = list(SMALL)
             if "resume=auto" in command:
                 overrides[0] = "trainer.max_steps=4"
+            if "recipes/parallel/" in command:
+                overrides[2] = "data.seq_len=1024"  # a shard takes segments of 512
             command += " " + " ".join(overrides)
         ended = run(command, desk)
         assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
@@ -71,9 +79,23 @@ def test_the_plugin_conforms(desk: Path) -> None:
 def test_the_python_example_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
     names: dict[str, object] = {}
-    exec(compile(blocks("python")[1], "README.md", "exec"), names)
+    exec(compile(block("python", "attn = attention.build"), "README.md", "exec"), names)
     assert names["out"].shape == names["q"].shape  # type: ignore[attr-defined]
     assert len(names["task"].model.attention_backends) == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.timeout(600)
+def test_the_lightning_example_trains_on_two_processes(desk: Path) -> None:
+    ended = run(".venv/bin/python denoiser.py", desk)
+    assert ended.returncode == 0, ended.stderr
+    assert "MEMBER: 2/2" in ended.stderr + ended.stdout and "max_epochs=2` reached" in ended.stderr + ended.stdout
+
+
+def test_the_lines_that_divide_a_sequence_are_a_recipes(desk: Path) -> None:
+    (desk / "divided.yaml").write_text(
+        "name: divided\nextends: recipes/quickstart.yaml\n" + block("yaml", "devices: 8")
+    )
+    assert recipe.load(desk / "divided.yaml").strategy.sequence_parallel_size == 4
 
 
 def test_the_picture_is_the_pattern() -> None:
