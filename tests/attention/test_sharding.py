@@ -312,3 +312,23 @@ def test_ranks_that_part_ways_are_told() -> None:
 
     with pytest.raises(KeyError, match="lost"):
         threads.run(3, leave)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "within"),
+    [(torch.float64, EXACT), (torch.float32, 1e-4), (torch.bfloat16, 4e-2), (torch.float16, 1e-2)],
+)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_shards_on_cuda_equal_the_whole(dtype: torch.dtype, within: float, causal: bool, padded: bool) -> None:
+    """Ranks are threads on one device; kernels get rectangles of queries and keys, at any strides."""
+    config = {"backend": "dilated", "segment_lengths": [16, 64, 256], "dilation_rates": [1, 3, 8]}
+    exact = problem(2, 256, 6, 16, causal, torch.rand(2, 256) < 0.8 if padded else None)
+    expected, expected_grad = exact.outcome(lambda *inputs: attention.build(config)(*inputs))
+    mask = None if exact.mask is None else exact.mask.cuda()
+    given = Problem(exact.qkv.to("cuda", dtype), exact.grad_out.to("cuda", dtype), causal, mask)
+    out, grad = sharded_outcome(given, config, 4, {})
+    assert (out.cpu().double() - expected).abs().max() < within
+    largest = 1 + expected_grad.abs().max()
+    assert (grad.cpu().double() - expected_grad).abs().max() / largest < within
