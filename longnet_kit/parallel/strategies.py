@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from longnet_kit.attention.sharding import bind
-from longnet_kit.parallel import batches
+from longnet_kit.parallel import batches, group
 from longnet_kit.parallel.group import ProcessShard
 
 TIMEOUT = 600.0
@@ -88,9 +88,9 @@ class SequenceParallel(Strategy):
         for ranks_of_all in (places.T.tolist(), places.tolist()):
             for ranks in ranks_of_all:
                 whole = len(ranks) == world
-                group = dist.group.WORLD if whole else dist.new_group(ranks, timeout=self._timeout)
+                made = dist.group.WORLD if whole else dist.new_group(ranks, timeout=self._timeout)
                 if dist.get_rank() in ranks:
-                    mine.append(group)  # type: ignore[arg-type]
+                    mine.append(made)  # type: ignore[arg-type]
         device = self.root_device.type
         self._mesh = DeviceMesh.from_group(mine, device, places, mesh_dim_names=("data", "sequence"))
         self._shard = ProcessShard(places[dist.get_rank() // size].tolist(), mine[1], self._timeout)
@@ -103,13 +103,9 @@ class SequenceParallel(Strategy):
 
     def process_dataloader(self, dataloader: object) -> object:
         """Seed workers by the data rank, so that the ranks of a sequence draw alike."""
-
         loader = super().process_dataloader(dataloader)
-        if (
-            isinstance(loader, DataLoader)
-            and loader.worker_init_fn is None
-            and os.environ.get("PL_SEED_WORKERS") == "1"
-        ):
+        seeded = os.environ.get("PL_SEED_WORKERS") == "1"
+        if isinstance(loader, DataLoader) and loader.worker_init_fn is None and seeded:
             loader.worker_init_fn = partial(pl_worker_init_function, rank=self.distributed_sampler_kwargs["rank"])
         return loader
 
@@ -225,5 +221,10 @@ def is_about_transfers(exception: BaseException) -> bool:
     """Whether an error came out of torch.distributed's transport, because another rank is gone or silent."""
     if isinstance(exception, dist.DistError):
         return True
-    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out", "Broken pipe")
-    return isinstance(exception, RuntimeError) and any(word in str(exception) for word in words)
+    words = ("gloo", "NCCL", "closed by peer", "Connection reset", "Timed out", "Broken pipe", "pair closure")
+    trace = exception.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    within = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    told = any(word in str(exception) for word in words) or within.startswith(("torch.distributed.", group.__name__))
+    return isinstance(exception, RuntimeError) and told

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from longnet_kit import attention
 from longnet_kit.attention.sharding import bind
 from longnet_kit.parallel import SequenceParallelFSDPStrategy, SequenceParallelStrategy, threads
+from longnet_kit.parallel.strategies import is_about_transfers
 from tests.parallel import ranks
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*does not have many workers"), pytest.mark.timeout(600)]
@@ -45,6 +46,20 @@ def test_the_data_axis_counts_groups() -> None:
     strategy = Trainer(accelerator="cpu", devices=4, strategy=SequenceParallelStrategy(2), logger=False).strategy
     strategy.cluster_environment._global_rank = 3  # type: ignore[union-attr]
     assert strategy.distributed_sampler_kwargs == {"num_replicas": 2, "rank": 1}  # type: ignore[union-attr]
+
+
+def test_errors_of_the_transport_are_told_from_those_of_the_computation() -> None:
+    """By torch's own classes, by their words, and by where they were raised."""
+    assert is_about_transfers(torch.distributed.DistBackendError("x"))
+    for words in ("[gloo/pair.cc:537] Read error", "NCCL watchdog", "Application timeout caused pair closure"):
+        assert is_about_transfers(RuntimeError(words))
+    assert not is_about_transfers(RuntimeError("shapes do not match"))
+    assert not is_about_transfers(ValueError("gloo"))
+    raised_in_a_transfer: dict[str, Any] = {"__name__": "torch.distributed.distributed_c10d"}
+    exec("def wait(): raise RuntimeError('in words never seen before')", raised_in_a_transfer)
+    with pytest.raises(RuntimeError) as caught:
+        raised_in_a_transfer["wait"]()
+    assert is_about_transfers(caught.value)
 
 
 def test_a_bound_model_can_be_copied() -> None:
