@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -277,7 +278,7 @@ def _closing_lines(directory: Path, status: str, steps: int, seconds: float, sca
     tags = ("val/loss", "val/perplexity", "val/bits_per_byte", "train/loss", "train/tokens_per_second", "train/mfu")
     numbers = "  ".join(f"{tag} {_si(scalars[tag]) if scalars[tag] >= 1000 else f'{scalars[tag]:.3f}'}"
                         for tag in tags if tag in scalars)  # fmt: skip
-    command = os.environ.get("LONGNET_COMMAND", "longnet")
+    command = shlex.quote(os.environ.get("LONGNET_COMMAND", "longnet"))
     tensorboard = Path(sys.executable).with_name("tensorboard")
     board = min(str(tensorboard), os.path.relpath(tensorboard), key=len)
     return "\n".join(

@@ -70,6 +70,14 @@ def test_every_command_runs(desk: Path) -> None:
     assert {"quickstart", "wider", "tuned", "mine", "window"} <= {path.name for path in (desk / "runs").iterdir()}
 
 
+def test_the_line_that_a_run_ends_with_can_be_typed(desk: Path) -> None:
+    ended = run(f"tools/longnet fit quickstart name=closing {' '.join(SMALL)}", desk)
+    (line,) = re.findall(r"^next +(.*)$", ended.stdout, re.MULTILINE)
+    assert line == "tools/longnet test runs/closing/version_0"
+    tested = run(line, desk)
+    assert tested.returncode == 0, tested.stderr
+
+
 def test_the_plugin_conforms(desk: Path) -> None:
     window = runpy.run_path(str(desk / "window.py"))["Window"]
     testing.check_backend(window(size=5))
