@@ -72,13 +72,13 @@ def run(r: Recipe) -> Path:
         datamodule.setup("fit")
     task = build_task(r)
     place = parallel.agree(trainer, lambda: _claim(r))
-    assert place.directory is not None
     if place.is_finished:
         _say(
             f"{place.directory} has finished its {r.trainer['max_steps']} steps; raise trainer.max_steps to train it on"
         )
+        assert place.directory is not None
         return place.directory
-    return _fit(r, trainer, task, datamodule, place.directory, place.ckpt)
+    return _fit(r, trainer, task, datamodule, place)
 
 
 def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = "validate") -> dict[str, float]:
@@ -146,14 +146,18 @@ def _claim(r: Recipe) -> resume.Place:
     directory = place.directory or runs.claim(r.name)
     (directory / runs.SUMMARY).unlink(missing_ok=True)
     recipe.save(r, directory / runs.RECIPE)
-    return place._replace(directory=directory)
+    return place._replace(directory=directory, is_new=place.directory is None)
 
 
 def _fit(
-    r: Recipe, trainer: Trainer, task: LightningModule, datamodule: LightningDataModule, directory: Path,
-    ckpt: Path | None,
-) -> Path:  # fmt: skip
-    """Train, and leave a checkpoint and a summary behind whatever happens."""
+    r: Recipe, trainer: Trainer, task: LightningModule, datamodule: LightningDataModule, place: resume.Place
+) -> Path:
+    """Train, and leave a checkpoint and a summary behind whatever happens.
+
+    Where the user's error comes before the first step, a new directory is removed: there was no run.
+    """
+    directory, ckpt = place.directory, place.ckpt
+    assert directory is not None
     first_step = 0 if ckpt is None else int(torch.load(ckpt, map_location="cpu", weights_only=True)["global_step"])
     last_values = callbacks.LastValues()
     trainer.loggers = [*_loggers(r, directory, first_step, resumed=ckpt is not None), last_values]
@@ -168,8 +172,12 @@ def _fit(
         last = directory / runs.CHECKPOINTS / f"step_{trainer.global_step:08d}.ckpt"
         if trainer.strategy.broadcast(trainer.global_step > first_step and not last.exists()):
             trainer.save_checkpoint(last)
+    except ValueError:
+        if trainer.is_global_zero and place.is_new and trainer.global_step <= first_step:
+            runs.discard(directory)
+        raise
     finally:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and directory.is_dir():
             (directory / "hparams.yaml").unlink(missing_ok=True)  # the loggers', empty: recipe.yaml says it all
             runs.write_summary(directory, status, last_values.values)
     if trainer.is_global_zero:

@@ -22,6 +22,8 @@ class Place(NamedTuple):
     """The checkpoint to go on from; None for a start from scratch."""
     is_finished: bool = False
     """Whether the run there has done all the steps that the recipe asks for."""
+    is_new: bool = False
+    """Whether the directory was made for this run."""
 
 
 def find(r: Recipe) -> Place:
@@ -38,8 +40,8 @@ def find(r: Recipe) -> Place:
             return Place()
         newest = saved[-1]
         _check_same(r, newest)
-        has_checkpoint = any((newest / runs.CHECKPOINTS).glob("step_*.ckpt"))
-        return Place(newest, runs.checkpoint(newest) if has_checkpoint else None, _is_finished(newest, r))
+        saved_steps = runs.checkpoints(newest)
+        return Place(newest, saved_steps[-1] if saved_steps else None, _is_finished(newest, r))
     path = Path(r.resume)
     ckpt = path if path.is_file() else runs.checkpoint(runs.find(path))
     run_directory = ckpt.parent.parent

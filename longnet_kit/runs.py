@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,16 @@ def versions(name: str, root: Path = ROOT) -> list[Path]:
 
 
 def find(path: Path) -> Path:
-    """The run directory that `path` means: itself, or its newest version.
+    """The run directory that `path` means: itself, or its newest version that has a checkpoint, if one has.
 
     Raises:
         ValueError: there is no run there.
     """
     if (path / RECIPE).is_file():
         return path
-    newest = [d for d in versions(path.name, path.parent) if (d / RECIPE).is_file()]
-    if newest:
-        return newest[-1]
+    started = [d for d in versions(path.name, path.parent) if (d / RECIPE).is_file()]
+    if started:
+        return next((d for d in reversed(started) if checkpoints(d)), started[-1])
     present = sorted(str(d.parent) for d in path.parent.glob(f"**/{RECIPE}")) if path.parent.is_dir() else []
     hint = f"; there are: {', '.join(present)}" if present else ""
     raise ValueError(
@@ -56,13 +57,28 @@ def find(path: Path) -> Path:
     )
 
 
+def discard(run: Path) -> None:
+    """Remove a run directory, and the folders above it that only it was in."""
+    shutil.rmtree(run)
+    for folder in (run.parent, run.parent.parent):
+        try:
+            folder.rmdir()
+        except OSError:  # other runs are there
+            return
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, by their steps."""
+    return sorted((run / CHECKPOINTS).glob("step_*.ckpt"), key=_number)
+
+
 def checkpoint(run: Path) -> Path:
     """The newest checkpoint of a run, by its step.
 
     Raises:
         ValueError: the run has none.
     """
-    found = sorted((run / CHECKPOINTS).glob("step_*.ckpt"), key=_number)
+    found = checkpoints(run)
     if not found:
         raise ValueError(
             f"{run}: the run has no checkpoint in {CHECKPOINTS}/; let it train for longer, or start it again"

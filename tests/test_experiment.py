@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from longnet_kit import experiment, recipe, runs
+from longnet_kit import data, experiment, recipe, runs
 
 RECIPE = """
 name: tiny
@@ -196,6 +196,38 @@ def test_a_run_that_fails_says_so_in_its_summary(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RuntimeError, match="the power went"):
         experiment.run(load())
     assert runs.read_summary(Path("runs/tiny/version_0"))["status"] == "failed"
+
+
+def test_a_run_that_stopped_early_does_not_hide_the_good_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = experiment.run(load())
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        patched.setattr(experiment, "build_data", _broken_after_the_first_batch)
+        experiment.run(load())
+    assert runs.read_summary(Path("runs/tiny/version_1"))["status"] == "failed"
+    assert experiment.evaluate("runs/tiny") == experiment.evaluate(good)
+    experiment.run(load("init_from=runs/tiny", "name=tuned"))
+
+
+def _broken_after_the_first_batch(r: recipe.Recipe) -> Any:
+    datamodule = data.build(r.data, seed=r.seed)
+    loader = datamodule.train_dataloader
+
+    def batches() -> Any:
+        yield next(iter(loader()))
+        raise RuntimeError("the power went")
+
+    datamodule.train_dataloader = batches  # type: ignore[method-assign]
+    return datamodule
+
+
+def test_a_users_error_before_the_first_step_leaves_no_run() -> None:
+    good = experiment.run(load())
+    with pytest.raises(ValueError, match="limit_val_batches"):
+        experiment.run(load("trainer.limit_val_batches=0.0001"))
+    assert runs.versions("tiny") == [good]
+    with pytest.raises(ValueError, match="limit_val_batches"):
+        experiment.run(load("trainer.limit_val_batches=0.0001", "name=other"))
+    assert not Path("runs/other").exists()
 
 
 @pytest.mark.parametrize("overrides", [["trainer.accelerator=cuda"], ["trainer.accelerator=cpu", "trainer.devices=-1"]])

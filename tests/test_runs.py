@@ -28,6 +28,23 @@ def test_a_run_is_found_by_its_directory_or_by_its_name(tmp_path: Path) -> None:
         runs.find(tmp_path / "b")
 
 
+def test_a_run_without_a_checkpoint_does_not_hide_an_older_one_that_has_some(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / "a" / f"version_{number}" / "checkpoints").mkdir(parents=True)
+        (tmp_path / "a" / f"version_{number}" / "recipe.yaml").touch()
+    assert runs.find(tmp_path / "a").name == "version_2"  # none has one: told of the newest
+    (tmp_path / "a" / "version_1" / "checkpoints" / "step_00000004.ckpt").touch()
+    assert runs.find(tmp_path / "a").name == "version_1"
+
+
+def test_a_discarded_run_takes_only_empty_folders_with_it(tmp_path: Path) -> None:
+    first, second = runs.claim("a", tmp_path / "runs"), runs.claim("a", tmp_path / "runs")
+    runs.discard(second)
+    assert first.is_dir() and not second.exists()
+    runs.discard(first)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no checkpoint"):
         runs.checkpoint(tmp_path)
