@@ -67,11 +67,10 @@ def run(r: Recipe) -> Path:
         _say(f"note: {note}")
     seed_everything(r.seed, workers=True, verbose=False)
     datamodule = build_data(r)
-    if trainer.is_global_zero and not resume.find(r).is_finished:
-        datamodule.prepare_data()  # errors in the data end the run before a model is built, or a process started
-        datamodule.setup("fit")
-    task = build_task(r)
+    task = _built_by_the_first(r, datamodule) if trainer.is_global_zero else build_task(_without_weights(r))
     place = parallel.agree(trainer, lambda: _claim(r))
+    if r.init_from is not None and place.ckpt is None and not trainer.is_global_zero:
+        weights.load(task.model, Path(r.init_from))  # type: ignore[arg-type]
     if place.is_finished:
         _say(
             f"{place.directory} has finished its {r.trainer['max_steps']} steps; raise trainer.max_steps to train it on"
@@ -99,7 +98,7 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
     if not path.is_dir():
         path = runs.ROOT / recipe.load(path, overrides or []).name
     directory = runs.find(path)
-    r = recipe.load(directory / runs.RECIPE, overrides or [])
+    r = recipe.load_saved(directory, overrides or [])
     ckpt = runs.checkpoint(directory)
     trainer = _trainer(r, logger=False, callbacks=[callbacks.progress_bar()])
     datamodule = build_data(r)
@@ -136,6 +135,15 @@ def show(r: Recipe) -> str:
         f"FLOPs per token  {per_token}",
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in r.notes)])
+
+
+def _built_by_the_first(r: Recipe, datamodule: LightningDataModule) -> LightningModule:
+    """The task of the first rank, once its data is there: errors end the run before a process is started."""
+    place = resume.find(r)
+    if not place.is_finished:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+    return build_task(r if place.ckpt is None else _without_weights(r))
 
 
 def _claim(r: Recipe) -> resume.Place:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from longnet_kit import interpolation, plugins, recipe_files, shipped, typed
+from longnet_kit import interpolation, plugins, recipe_files, runs, shipped, typed
 from longnet_kit.recipe_files import Layer
 from longnet_kit.recipe_schema import (
     SECTIONS,
@@ -33,8 +33,8 @@ from longnet_kit.recipe_schema import (
 from longnet_kit.recipe_yaml import Dumper, Problem
 
 __all__ = [
-    "Checkpoint", "Data", "Model", "Optimizer", "Recipe", "RecipeError", "Strategy", "dumps", "load", "parse_options",
-    "save", "to_dict",
+    "Checkpoint", "Data", "Model", "Optimizer", "Recipe", "RecipeError", "Strategy", "dumps", "load",
+    "load_saved", "parse_options", "save", "to_dict",
 ]  # fmt: skip
 
 Values = dict[str, Any]
@@ -82,6 +82,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise RecipeError(subject, problems)
     return _clip(_construct(recipe_checks.choices(merged)))
+
+
+def load_saved(run_directory: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a run directory holds, as `load` reads it.
+
+    `init_from` and `resume` count as null: they say where the run came from, and that may have moved since.
+    """
+    return load(run_directory / runs.RECIPE, ["init_from=null", "resume=null", *overrides])
 
 
 def parse_options(items: Sequence[str]) -> Values:

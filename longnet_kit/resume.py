@@ -10,7 +10,7 @@ from longnet_kit import recipe, runs
 from longnet_kit.recipe import Recipe
 
 FREE_ON_RESUME = (("trainer", "max_steps"), ("trainer", "devices"), ("strategy",), ("checkpoint",))
-"""What may differ from the saved recipe when a run is resumed; `resume` itself and the words about it aside."""
+"""What may differ from the saved recipe when a run is resumed; its origin and the words about it aside."""
 
 
 class Place(NamedTuple):
@@ -54,16 +54,16 @@ def _is_finished(directory: Path, r: Recipe) -> bool:
     """Whether a run has done all the steps that the recipe asks for."""
     if runs.read_summary(directory).get("status") != "finished":
         return False
-    return recipe.load(directory / runs.RECIPE).trainer["max_steps"] >= r.trainer["max_steps"]
+    return recipe.load_saved(directory).trainer["max_steps"] >= r.trainer["max_steps"]
 
 
 def _check_same(r: Recipe, run_directory: Path) -> None:
     """Refuse to resume a run under a recipe that would make it another experiment."""
-    saved, now = (_flat(recipe.to_dict(x)) for x in (recipe.load(run_directory / runs.RECIPE), r))
+    saved, now = (_flat(recipe.to_dict(x)) for x in (recipe.load_saved(run_directory), r))
     fewest = min(x["trainer.max_steps"] for x in (saved, now))
     for values in (saved, now):  # a warm-up that was clipped to the steps of either is the same warm-up
         values["optimizer.warmup_steps"] = min(values["optimizer.warmup_steps"], fewest)
-    free = ("resume", "name", "description", "extends", *(".".join(key) for key in FREE_ON_RESUME))
+    free = ("init_from", "resume", "name", "description", "extends", *(".".join(key) for key in FREE_ON_RESUME))
     changed = [
         f"{key}: {saved.get(key)!r} there, {now.get(key)!r} here"
         for key in dict.fromkeys((*saved, *now))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,27 @@ def test_init_from_takes_the_weights_alone() -> None:
         experiment.build_task(load(f"init_from={first}", "model.dim=32"))
     with pytest.raises(ValueError, match="blocks.2.attention.norm.weight is only here"):
         experiment.build_task(load(f"init_from={first}", "model.layers=3"))
+
+
+def test_a_run_outlives_the_one_that_it_came_from() -> None:
+    first = experiment.run(load())
+    tuned = experiment.run(load(f"init_from={first}", "name=tuned"))
+    fork = experiment.run(load(f"resume={first}", "name=fork", "trainer.max_steps=8"))
+    results = experiment.evaluate(tuned)
+    shutil.move("runs/tiny", "elsewhere")
+    assert experiment.evaluate(tuned) == results
+    assert experiment.evaluate(fork)
+    assert experiment.run(load("name=tuned", "resume=auto")) == tuned  # it is finished
+    assert experiment.run(load("name=tuned", "resume=auto", "trainer.max_steps=8")) == tuned
+    assert runs.checkpoint(tuned).name == "step_00000008.ckpt"
+
+
+def test_a_run_that_goes_on_reads_no_weights_to_start_from() -> None:
+    first = experiment.run(load())
+    tuned = experiment.run(load(f"init_from={first}", "name=tuned"))
+    for ckpt in runs.checkpoints(first):
+        ckpt.unlink()
+    assert experiment.run(load(f"init_from={first}", "name=tuned", "resume=auto", "trainer.max_steps=8")) == tuned
 
 
 def test_a_file_that_is_no_checkpoint_is_refused_without_running_it() -> None:
