@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.strategies import Strategy
 
-from longnet_kit import callbacks, data, model, parallel, recipe, resume, runs, tasks, weights
+from longnet_kit import callbacks, data, model, parallel, recipe, recipe_schema, resume, runs, tasks, weights
 from longnet_kit.data import tokenizers
 from longnet_kit.recipe import Recipe
 
@@ -100,7 +100,7 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
     directory = runs.find(path)
     r = recipe.load_saved(directory, overrides or [])
     ckpt = runs.checkpoint(directory)
-    trainer = _trainer(r, logger=False, callbacks=[callbacks.progress_bar()])
+    trainer = _trainer(r, logger=False, callbacks=_progress(r))
     datamodule = build_data(r)
     if trainer.is_global_zero:
         datamodule.prepare_data()
@@ -143,7 +143,10 @@ def _built_by_the_first(r: Recipe, datamodule: LightningDataModule) -> Lightning
     if not place.is_finished:
         datamodule.prepare_data()
         datamodule.setup("fit")
-    return build_task(r if place.ckpt is None else _without_weights(r))
+    task = build_task(r if place.ckpt is None else _without_weights(r))
+    if place.ckpt is not None and not place.is_finished:
+        weights.check_resumable(task.model, place.ckpt)  # type: ignore[arg-type]
+    return task
 
 
 def _claim(r: Recipe) -> resume.Place:
@@ -196,7 +199,7 @@ def _fit(
 def _callbacks(r: Recipe) -> list[Callback]:
     return [
         callbacks.Throughput(),  # before the bar, which shows what it measured
-        callbacks.progress_bar(),
+        *_progress(r),
         callbacks.LossByPosition(),
         callbacks.FinalValidation(),
         ModelCheckpoint(
@@ -208,6 +211,10 @@ def _callbacks(r: Recipe) -> list[Callback]:
             save_top_k=r.checkpoint.keep,
         ),
     ]
+
+
+def _progress(r: Recipe) -> list[Callback]:
+    return [] if r.trainer.get("enable_progress_bar") is False else [callbacks.progress_bar()]
 
 
 def _loggers(r: Recipe, directory: Path, first_step: int, resumed: bool) -> list[Logger]:
@@ -238,6 +245,8 @@ def _trainer(r: Recipe, **own: Any) -> Trainer:
     arguments.setdefault("val_check_interval", max(1, batches // VALIDATIONS))
     if isinstance(arguments["val_check_interval"], int):
         arguments["val_check_interval"] = min(arguments["val_check_interval"], batches)
+    if isinstance(arguments.get("devices"), list) and not _on_accelerator(r):
+        raise ValueError(f"trainer.devices: {recipe_schema.listed_on_cpu(arguments['devices'])}")
     strategy = _strategy(r)
     if isinstance(strategy, parallel.SequenceParallelFSDPStrategy) and arguments.get("precision") == "64-true":
         del arguments["precision"]  # Lightning takes it for a model-parallel strategy as a plugin only
@@ -266,6 +275,11 @@ def _devices(r: Recipe) -> int:
         accelerator = r.trainer.get("accelerator", "auto")
         devices = max(1, torch.cuda.device_count()) if accelerator in ("auto", "gpu", "cuda") else 1
     return devices * r.trainer.get("num_nodes", 1)
+
+
+def _on_accelerator(r: Recipe) -> bool:
+    accelerator = r.trainer.get("accelerator", "auto")
+    return accelerator != "cpu" and (accelerator != "auto" or torch.accelerator.is_available())
 
 
 @contextmanager

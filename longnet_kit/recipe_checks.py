@@ -6,6 +6,7 @@ Every check adds to one list. Registries and Lightning are imported lazily, sinc
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 import re
 import warnings
@@ -196,6 +197,13 @@ def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
         twice = sorted({c for c in contexts if isinstance(c, int) and contexts.count(c) > 1})
         check(bool(twice), f"got {contexts}, in which {twice} stand twice; list each length once", "data.eval_contexts")
     found += recipe_strategy.problems(values)
+    trainer = mapping_at(values, "trainer")
+    precision, devices = trainer.get("precision"), trainer.get("devices")
+    has_engine = importlib.util.find_spec("transformer_engine") is not None
+    engine = f"got {precision!r}, which needs the package transformer_engine: install it, or use bf16-mixed"
+    check(str(precision).startswith("transformer-engine") and not has_engine, engine, "trainer.precision")
+    listed = trainer.get("accelerator") == "cpu" and isinstance(devices, list)
+    check(listed, schema.listed_on_cpu(devices), "trainer.devices", "trainer.accelerator")
     for key in ("init_from", "resume"):
         path = values.get(key)
         if isinstance(path, str) and not (key == "resume" and path == "auto"):

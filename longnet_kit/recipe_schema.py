@@ -159,6 +159,17 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 _Share = Annotated[float, Range(at_least=0, at_most=1)]
 
 
+@dataclass
+class TimeSpan:
+    """A length of time, as datetime.timedelta takes it."""
+
+    weeks: Annotated[float, Range(at_least=0)] = 0
+    days: Annotated[float, Range(at_least=0)] = 0
+    hours: Annotated[float, Range(at_least=0)] = 0
+    minutes: Annotated[float, Range(at_least=0)] = 0
+    seconds: Annotated[float, Range(at_least=0)] = 0
+
+
 class Trainer:
     """Trainer arguments for which the kit is stricter than Lightning's signature."""
 
@@ -170,8 +181,7 @@ class Trainer:
         "transformer-engine-float16",
     ]  # fmt: skip
     max_steps: Count
-    min_steps: Natural | None
-    limit_train_batches: Natural | _Share | None
+    max_time: str | TimeSpan | None
     limit_val_batches: Natural | _Share | None
     limit_test_batches: Natural | _Share | None
     limit_predict_batches: Natural | _Share | None
@@ -205,8 +215,15 @@ TRAINER_REFUSED: dict[str, str] = {
     "overfit_batches": _WHOLE,
     "max_epochs": _STEPS,
     "min_epochs": _STEPS,
+    "min_steps": _STEPS,
+    "limit_train_batches": _STEPS,
 }
 """Trainer arguments that a recipe must not give, and why."""
+
+
+def listed_on_cpu(devices: Any) -> str:
+    """Why a list of devices is none where the run is on the CPU."""
+    return f"got {devices}, a list of devices, but the run is on the CPU: give a number of processes, like 1"
 
 
 def names(section: type) -> list[str]:

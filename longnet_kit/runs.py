@@ -20,9 +20,19 @@ RECIPE, SUMMARY, METRICS, CHECKPOINTS = "recipe.yaml", "summary.json", "metrics.
 
 
 def claim(name: str, root: Path = ROOT) -> Path:
-    """Make the next free runs/<name>/version_<n>; two processes never get the same one."""
+    """Make the next free runs/<name>/version_<n>; two processes never get the same one.
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
     parent = root / name
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file of that name is there, or nothing may be written
+        raise ValueError(
+            f"{parent}: cannot make this folder for the run ({error.strerror}); rename what is in its way, or start "
+            "from a working directory where runs/ can be written"
+        ) from error
     number = max((_number(d) for d in versions(name, root)), default=-1) + 1
     while True:
         try:

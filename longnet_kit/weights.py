@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from longnet_kit import runs
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, its tensors still in the file.
+
+    Raises:
+        ValueError: it is no checkpoint, or is damaged.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved["state_dict"].keys()
+    except Exception as error:  # a broken file can fail in any way that unpickling can
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is not a checkpoint of this kit, or it is damaged ({reason}); give another one, or delete it"
+        ) from error
+    return saved
 
 
 def load(network: nn.Module, source: Path) -> None:
@@ -17,11 +36,29 @@ def load(network: nn.Module, source: Path) -> None:
         ValueError: nothing is there, or the first parameters that do not fit are named.
     """
     path = source if source.is_file() else runs.checkpoint(runs.find(source))
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    except Exception as error:  # a broken file can fail in any way that unpickling can
-        raise ValueError(f"{path} is not a checkpoint of this kit ({error})") from error
-    weights = {key.removeprefix("model."): value for key, value in saved.items() if key.startswith("model.")}
+    network.load_state_dict(fitting(network, path, read(path)))
+
+
+def check_resumable(network: nn.Module, path: Path) -> int:
+    """The step of a checkpoint that a training of this network can go on from.
+
+    Raises:
+        ValueError: it is no checkpoint, or not of such a network, or holds weights alone.
+    """
+    saved = read(path)
+    missing = {"global_step", "optimizer_states", "lr_schedulers", "loops"} - saved.keys()
+    if missing:
+        raise ValueError(
+            f"resume: {path} holds no {', '.join(sorted(missing))}, so training cannot go on from it; "
+            "to start from its weights, use init_from"
+        )
+    fitting(network, path, saved)
+    return int(saved["global_step"])
+
+
+def fitting(network: nn.Module, path: Path, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of the network in what `read` found; ValueError when they are those of another one."""
+    weights = {k.removeprefix("model."): v for k, v in saved["state_dict"].items() if k.startswith("model.")}
     own = network.state_dict()
     misfits = [
         f"{key} is {tuple(weights[key].shape)} there and {tuple(own[key].shape)} here"
@@ -33,4 +70,4 @@ def load(network: nn.Module, source: Path) -> None:
     if misfits:
         more = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         raise ValueError(f"the weights in {path} do not fit this model: {'; '.join(misfits[:3])}{more}")
-    network.load_state_dict(weights)
+    return weights

@@ -252,6 +252,13 @@ def test_a_users_error_before_the_first_step_leaves_no_run() -> None:
     assert not Path("runs/other").exists()
 
 
+def test_a_run_without_a_progress_bar_tells_its_end_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    run = experiment.run(load("trainer.enable_progress_bar=false"))
+    printed = capsys.readouterr().out
+    assert "step 6/6" not in printed and "finished  runs/tiny/version_0" in printed
+    assert "val/loss" in experiment.evaluate(run)
+
+
 @pytest.mark.parametrize("overrides", [["trainer.accelerator=cuda"], ["trainer.accelerator=cpu", "trainer.devices=-1"]])
 def test_a_trainer_that_cannot_be_had_is_the_users_error(overrides: list[str]) -> None:
     if "cuda" in overrides[0] and torch.cuda.is_available():

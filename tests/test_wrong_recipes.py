@@ -4,6 +4,7 @@ what would do, and no model built."""
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +135,15 @@ OVERRIDES = {
     "misspelled tokenizer": (["data.tokenizer=byte"], ("data.tokenizer", "'byte'", "did you mean 'bytes'?")),
     "trainer argument of the kit": (["trainer.logger=false"], ("trainer.logger", "the kit sets it", "metrics.csv")),
     "epochs": (["trainer.max_epochs=3"], ("trainer.max_epochs", "set trainer.max_steps")),
+    "least steps": (["trainer.min_steps=1"], ("trainer.min_steps", "set trainer.max_steps")),
+    "batches": (["trainer.limit_train_batches=2"], ("trainer.limit_train_batches", "set trainer.max_steps")),
+    "list of devices on the CPU": (["trainer.devices=[0]"], ("trainer.devices", "got [0]", "the CPU", "like 1")),
+    "precision without its package": (
+        ["trainer.precision=transformer-engine"],
+        ("trainer.precision", "'transformer-engine'", "install it", "bf16-mixed"),
+    ),
+    "no length of time": (["trainer.max_time={a: 1}"], ("trainer.max_time.a", "unknown key", "minutes")),
+    "length of time by another name": (["trainer.max_time={hour: 1}"], ("max_time.hour", "did you mean 'hours'?")),
     "misspelled trainer argument": (["trainer.precison=32"], ("trainer.precison", "did you mean trainer.precision?")),
     "unknown precision": (["trainer.precision=bf16-mix"], ("trainer.precision", "did you mean 'bf16-mixed'?")),
     "no device": (["trainer.devices=0"], ("trainer.devices", "got 0", "at least 1")),
@@ -337,6 +347,54 @@ def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().err
     assert told.startswith("longnet: trainer: ")
     assert "gpu" in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.usefixtures("no_model")
+def test_a_list_of_devices_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refusal(capsys, "fit", "good.yaml", "trainer.accelerator=auto", "trainer.devices=[0]")
+    assert "trainer.devices" in told and "got [0]" in told and "like 1" in told
+
+
+def cut_short(ckpt: Path) -> Path:
+    Path("cut.ckpt").write_bytes(ckpt.read_bytes()[:-1000])
+    return Path("cut.ckpt")
+
+
+def weights_alone(ckpt: Path) -> Path:
+    torch.save({"state_dict": torch.load(ckpt)["state_dict"]}, "alone.ckpt")
+    return Path("alone.ckpt")
+
+
+NO_CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
+    "another file": (lambda ckpt: Path("text.txt"), ("text.txt is not a checkpoint", "give another")),
+    "a truncated one": (cut_short, ("cut.ckpt is not a checkpoint", "damaged", "give another")),
+    "weights alone": (weights_alone, ("alone.ckpt holds no", "loops", "use init_from")),
+    "of another size": (
+        lambda ckpt: Path(shutil.copy(ckpt, "wide.ckpt")),
+        ("wide.ckpt do not fit", "(16, 16) there and (17, 16) here"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_CHECKPOINTS)
+def test_a_checkpoint_that_cannot_be_resumed(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    make, expected = NO_CHECKPOINTS[case]
+    assert cli.main(["fit", "good.yaml", "trainer.max_steps=1"]) == 0
+    ckpt = make(Path("runs/tiny/version_0/checkpoints/step_00000001.ckpt"))
+    shutil.rmtree("runs")
+    capsys.readouterr()
+    width = ["model.ffn_dim=17"] if case == "of another size" else []
+    told = refusal(capsys, "fit", "good.yaml", f"resume={ckpt}", *width)
+    assert [part for part in expected if part not in told] == [], told
+    assert len(told.splitlines()) == 1
+
+
+def test_a_file_in_the_way_of_the_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs").write_text("")
+    assert cli.main(["fit", "good.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert "runs/tiny: cannot make this folder" in told and "rename" in told
 
 
 def test_weights_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
