@@ -23,6 +23,7 @@ class Clock:
         self.now = 100.0
         monkeypatch.setattr(throughput, "_clock", lambda device: self.now)
         monkeypatch.setattr(throughput, "peak_flops", lambda device, dtype: 1e6)
+        monkeypatch.setattr(throughput, "measured_flops", lambda *_, **__: 0.0)
 
 
 class Pace(Callback):
@@ -126,6 +127,43 @@ def test_the_measured_rate_is_that_of_the_fastest_product(monkeypatch: pytest.Mo
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(deadline))
     cpu = torch.device("cpu")
     assert throughput.measured_flops(cpu, torch.float32, seconds=15, size=10) == 2 * 10**3 / 1
+
+
+@pytest.mark.parametrize("per_batch", [0.11, 1.0, 3.0])
+def test_a_machine_that_was_busy_at_the_start_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_batch: float
+) -> None:
+    """In under a hundredth of the run, and that time counts no more than a validation's."""
+    clock, bursts = Clock(monkeypatch), []
+    rates = iter([4e6, 2e6] + 60 * [1e6])  # the clock's machine made 1e6 at the start
+
+    def measured(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+        clock.now += seconds
+        bursts.append(seconds)
+        return next(rates)
+
+    class Steady(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            clock.now += per_batch
+
+    monkeypatch.setattr(throughput, "measured_flops", measured)
+    ours = task(60)
+    trainer(tmp_path, Throughput(), Steady(), max_steps=60, log_every_n_steps=1).fit(ours, datamodule=Data())
+    assert 0 < sum(bursts) <= 0.01 * 60 * per_batch + 0.01
+    found = logged(tmp_path)
+    per_second = BATCH * SEQ_LEN / per_batch
+    assert found["train/tokens_per_second"] == pytest.approx(dict.fromkeys(range(1, 61), per_second))
+    flops = ours.model.flops(SEQ_LEN)
+    assert flops is not None
+    first = next(step for step in range(1, 61) if step * per_batch >= 2)
+    expected = {step: 3 * flops / SEQ_LEN * per_second / (1e6 if step < first else 4e6) for step in range(1, 61)}
+    assert found["train/mfu"] == pytest.approx(expected)
+
+
+def test_measuring_leaves_the_random_numbers_of_a_run_alone() -> None:
+    state = torch.get_rng_state()
+    throughput.measured_flops(torch.device("cpu"), torch.float32, seconds=0.0)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
