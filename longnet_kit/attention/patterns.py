@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import torch
@@ -185,13 +186,33 @@ class BlockSparse(Pattern):
         return (seen.tril() if causal else seen).expand(heads, seq_len, seq_len)
 
     def pairs(self, seq_len: int, heads: int, causal: bool) -> int:
-        seen = self.blocks(seq_len, causal)
-        sizes = torch.full((len(seen),), self.block_size)
-        sizes[-1] = seq_len - (len(seen) - 1) * self.block_size
-        total = int((seen * sizes[:, None] * sizes[None, :]).sum())
-        if causal:  # the upper triangles of the diagonal blocks
-            total -= int((sizes * (sizes - 1) // 2).sum())
-        return heads * total
+        window = self.local_blocks
+        return heads * _block_pairs(self.layout, self.block_size, window, self.summary_blocks, seq_len, causal)
+
+
+@lru_cache(maxsize=1024)  # every layer of a network asks
+def _block_pairs(layout: str, size: int, window: int, summary: int, seq_len: int, causal: bool) -> int:
+    """What a head of a `BlockSparse` computes: one number for each block, none for a pair of blocks."""
+
+    def tokens(first: Tensor, last: Tensor) -> Tensor:
+        """In blocks first to last - 1, as far as there are any."""
+        return (last * size).clamp(0, seq_len) - (first * size).clamp(0, seq_len)
+
+    block = torch.arange(-(-seq_len // size), device="cpu")
+    end = block + 1
+    if layout == "local":
+        keys = tokens(end - window, end if causal else block + window)
+    else:
+        start = block - block % window
+        of_summaries = tokens(start + window - summary, start + window)  # of the block's own window
+        if causal:
+            keys = tokens(start, end) + start // window * summary * size
+        else:
+            of_all = tokens(block[::window] + window - summary, block[::window] + window).sum()
+            keys = tokens(start, start + window) + of_all - of_summaries
+    own = tokens(block, end)
+    upper_triangles = own * (own - 1) // 2 if causal else 0
+    return int((own * keys - upper_triangles).sum())
 
 
 def square(length: int, causal: bool) -> int:
