@@ -127,8 +127,8 @@ def _plugin_problems(values: Values, known: Iterable[str]) -> list[Problem]:
 
     found: list[Problem] = []
     task = values.get("task")
-    if isinstance(task, str) and task not in tasks.registry.names():
-        found.append(Problem("task", f"got {task!r}; {typed.suggestion(task, tasks.registry.names())}"))
+    if isinstance(task, str) and (refusal := tasks.registry.refusal(task)):
+        found.append(Problem("task", refusal))
     config = mapping_at(values, "model").get("attention")
     if isinstance(config, dict):
         wrong = _registered_problems(attention.registry, config, "model.attention", known)
@@ -145,10 +145,11 @@ def _plugin_problems(values: Values, known: Iterable[str]) -> list[Problem]:
 
 def _registered_problems(registry: Registry[Any], config: Values, key: str, known: Iterable[str]) -> list[Problem]:
     name = config.get(registry.selector)
-    if not isinstance(name, str) or name not in registry.names():
+    if not isinstance(name, str):
         given = "missing" if name is None else f"got {name!r}, which is no {registry.kind}"
-        hint = typed.suggestion(str(name), registry.names())
-        return [Problem(join(key, registry.selector), f"{given}; {hint}")]
+        return [Problem(join(key, registry.selector), f"{given}; known: {', '.join(registry.names())}")]
+    if refusal := registry.refusal(name):
+        return [Problem(join(key, registry.selector), refusal)]
     return _function_problems(registry.get(name), _without(config, [registry.selector]), key, known)
 
 

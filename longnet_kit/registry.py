@@ -1,11 +1,13 @@
 """A registry of named classes, chosen by one key of a recipe: attention backends, data sources, tasks.
 
-Registering a taken name raises. Packages add names through a Python entry-point group, loaded on first use.
+Registering a taken name raises. Packages add names through a Python entry-point group, loaded on first use;
+one that cannot be loaded only harms who asks for it.
 """
 
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any, Generic, TypeVar, cast
@@ -30,6 +32,7 @@ class Registry(Generic[T]):
         self.selector = selector
         self.group = group
         self._classes: dict[str, type[T]] = {}
+        self._broken: dict[str, str] = {}  # entry points that could not be loaded, and why
         self._entry_points_loaded = False
 
     def register(self, name: str) -> Callable[[C], C]:
@@ -48,17 +51,27 @@ class Registry(Generic[T]):
         return enter
 
     def names(self) -> list[str]:
-        """Every registered name, sorted as people read them (`a2` before `a10`)."""
+        """Every registered name that can be had, sorted as people read them (`a2` before `a10`)."""
         self._load_entry_points()
-        return sorted(self._classes, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+        usable = self._classes.keys() - self._broken.keys()
+        return sorted(usable, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
 
     def get(self, name: str) -> type[T]:
-        """The class under `name`; ValueError that names the nearest one when there is none."""
-        self._load_entry_points()
-        if name not in self._classes:
-            hint = typed.suggestion(str(name), self._classes)
-            raise ValueError(f"unknown {self.kind} {name!r}; {hint}")
+        """The class under `name`; ValueError that names the nearest one when there is none, or says why it is broken."""
+        refusal = self.refusal(name)
+        if refusal:
+            raise ValueError(refusal)
         return self._classes[name]
+
+    def refusal(self, name: str) -> str:
+        """Why there is no class under `name`, and what to do; empty when there is one."""
+        self._load_entry_points()
+        if name in self._broken:
+            return f"the {self.kind} {name!r} cannot be had: {self._broken[name]}"
+        if name in self._classes:
+            return ""
+        lost = f" (nor could all be loaded: {'; '.join(self._broken.values())})" if self._broken else ""
+        return f"unknown {self.kind} {name!r}; {typed.suggestion(str(name), self.names())}{lost}"
 
     def problems(self, config: Mapping[str, Any], key: str = "") -> list[typed.Problem]:
         """Everything wrong with a mapping of the selector and the class's keyword arguments, short of building it."""
@@ -87,6 +100,11 @@ class Registry(Generic[T]):
             return
         self._entry_points_loaded = True
         for entry in metadata.entry_points(group=self.group):
-            loaded = entry.load()
-            if isinstance(loaded, type) and loaded not in self._classes.values():
-                self.register(entry.name)(loaded)
+            try:
+                loaded = entry.load()
+                if isinstance(loaded, type) and loaded not in self._classes.values():
+                    self.register(entry.name)(loaded)
+            except (Exception, SystemExit) as error:  # a plug-in's code can fail in any way
+                package = f"the package {entry.dist.name}" if entry.dist else "a package"
+                cause = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+                self._broken[entry.name] = f"{package} has it in {entry.value}, which fails with {cause}"
