@@ -57,7 +57,7 @@ class Registry(Generic[T]):
         return sorted(usable, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
 
     def get(self, name: str) -> type[T]:
-        """The class under `name`; ValueError that names the nearest one when there is none, or says why it is broken."""
+        """The class under `name`; ValueError that names the nearest one, or says why it is broken."""
         refusal = self.refusal(name)
         if refusal:
             raise ValueError(refusal)
