@@ -96,10 +96,11 @@ def parse_options(items: Sequence[str]) -> Values:
     """`key=value` items as a nested mapping, its `imports` imported and taken out.
 
     Raises:
-        RecipeError: an item is malformed, or an import fails.
+        RecipeError: an item is malformed, or `imports` is no list of modules that can be imported.
     """
     layer, problems = recipe_files.parse_dotlist(items)
-    wrong = _import(layer.values, [layer])
+    wrong = typed.value_problems(layer.values.get("imports", []), list[str], "imports")
+    wrong = wrong or _import(layer.values, [layer])
     if problems or wrong:
         raise RecipeError("options", [*problems, *(_place(problem, [layer], None) for problem in wrong)])
     layer.values.pop("imports", None)

@@ -104,7 +104,15 @@ def main_check(name: str, options: Mapping[str, Any]) -> int:
     Raises:
         ValueError: there is no such backend, or it does not take these options.
     """
-    checks = run_checks(attention.build({"backend": name, **options}))
+    if "backend" in options:
+        raise ValueError(
+            f"backend is no option: the backend to check is {name!r}; leave out backend={options['backend']}"
+        )
+    try:
+        backend = attention.build({"backend": name, **options})
+    except ValueError as error:  # of a plug-in's constructor too
+        raise ValueError(f"check-backend {name}: {error}") from error
+    checks = run_checks(backend)
     for check in checks:
         print(check)
     failed = sum(check.passed is False for check in checks)

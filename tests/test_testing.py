@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from longnet_kit import attention
+from longnet_kit import attention, cli
 from longnet_kit.attention import flash, patterns
 from longnet_kit.attention.backend import AttentionBackend, Support
 from longnet_kit.testing import ConformanceError, check_backend, main_check, run_checks
@@ -239,3 +241,37 @@ def test_the_report_is_printed_and_counted(capsys: pytest.CaptureFixture[str]) -
     assert all(line.startswith("ok") for line in printed[:-1])
     with pytest.raises(ValueError, match="did you mean 'dilated'"):
         main_check("dilate", {})
+
+
+PICKY = """
+from longnet_kit import attention
+
+@attention.register("picky")
+class Picky(attention.AttentionBackend):
+    def __init__(self, size: int = 3) -> None:
+        super().__init__()
+        if size % 2:
+            raise ValueError(f"size is {size}, expected an even number")
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["imports=[picky]"], "check-backend picky: size is 3, expected an even number"),
+        (["imports=picky"], "imports (on the command line): got 'picky' (text), expected a list, each text"),
+        (["imports=[picky]", "backend=naive", "size=2"], "leave out backend=naive"),
+    ],
+)
+def test_wrong_options_are_the_users_error(
+    options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("picky.py").write_text(PICKY)
+    # The module of an earlier case, and its name, are forgotten.
+    monkeypatch.delitem(sys.modules, "picky", raising=False)
+    monkeypatch.setattr(attention.registry, "_classes", dict(attention.registry._classes))
+    assert cli.main(["check-backend", "picky", *options]) == 2
+    told = capsys.readouterr().err
+    assert words in told and len(told.splitlines()) == 1
+    sys.modules.pop("picky", None)
