@@ -116,6 +116,27 @@ class Unscaled(WithPattern):
         return scores
 
 
+class ScaledForOneWidth(WithPattern):
+    def scaled(self, scores: Tensor, head_dim: int) -> Tensor:
+        return scores * 8**-0.5
+
+
+class NoMaximum(Softmax):
+    def weights(self, scores: Tensor) -> Tensor:
+        weights = scores.exp()
+        return weights / weights.sum(-1, keepdim=True)
+
+
+class GarbageInFloat32(WithPattern):
+    """Declines float64, in which most claims are checked."""
+
+    def supports(self, *, dtype: torch.dtype, **_: object) -> Support:
+        return Support(dtype != torch.float64, "no float64")
+
+    def finish(self, out: Tensor, real: Tensor) -> Tensor:
+        return super().finish(torch.ones_like(out) + out - out.detach(), real)
+
+
 class DropsOut(Softmax):
     def weights(self, scores: Tensor) -> Tensor:
         return torch.nn.functional.dropout(scores.softmax(-1), 0.1)
@@ -166,6 +187,9 @@ def test_a_correct_plugin_passes_and_says_what_was_not_checked() -> None:
         (DropsTheGradientOfWeights, "slope along q"),
         (Unnormalised, "sum of the weights"),
         (Unscaled, "the output is off"),
+        (ScaledForOneWidth, "heads 12 wide: the output is off"),
+        (NoMaximum, "times 30: the output or a gradient is not finite"),
+        (GarbageInFloat32, "the output is off"),
         (DropsOut, "two runs differ"),
         (MixesTheBatch, "row 0 alone"),
         (WrongDtype, "float32"),
@@ -230,8 +254,30 @@ def test_a_backend_that_declines_is_reported_as_unchecked() -> None:
 
     checks = check_backend(FloatOnly())
     assert any(check.passed is None and "float32 only" in check.message for check in checks)
+    assert sum(check.passed is True for check in checks) > 10, "the rest is checked in float32"
     with pytest.raises(ValueError, match="float32 only"):
         FloatOnly()(*(torch.zeros(1, 2, 1, 4, dtype=torch.float64) for _ in range(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_correct_backend_of_one_dtype_conforms(dtype: torch.dtype) -> None:
+    class Narrow(WithPattern):
+        def supports(self, *, dtype: torch.dtype, head_dim: int, **_: object) -> Support:
+            return Support(dtype == only and head_dim % 16 == 0, f"{only} only")
+
+    only = dtype
+    assert sum(check.passed is True for check in check_backend(Narrow())) > 10
+
+
+def test_a_backend_of_which_nothing_can_be_checked_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nothing(Softmax):
+        def supports(self, **_: object) -> Support:
+            return Support(False, "closed today")
+
+    with pytest.raises(ConformanceError, match="no claim could be checked"):
+        check_backend(Nothing())
+    monkeypatch.setitem(attention.registry._classes, "nothing", Nothing)
+    assert main_check("nothing", {}) == 1
 
 
 def test_the_report_is_printed_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
