@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from longnet_kit.tasks.scalars import due
@@ -63,6 +64,11 @@ class Reporter(ProgressBar):
         in_order = sorted(own, key=lambda tag: (len(tag.partition("@")[2]), tag))  # contexts last
         return "  ".join(f"{tag.replace('_', ' ')} {float(own[tag]):.4g}" for tag in in_order)
 
+    def validation_line(self, trainer: Trainer) -> str:
+        """Every scalar of a validation, and during a fit the step: outside of one the trainer does not know it."""
+        step = f"step {trainer.global_step}  " if trainer.state.fn == TrainerFn.FITTING else ""
+        return f"{step}validation: {self.evaluation_words(trainer.callback_metrics, 'val')}"
+
 
 class Lines(Reporter):
     """A line now and then: step, loss, tokens per second, time left; and one per validation.
@@ -87,8 +93,7 @@ class Lines(Reporter):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            words = self.evaluation_words(trainer.callback_metrics, "val")
-            self._say(f"step {trainer.global_step}  validation: {words}")
+            self._say(self.validation_line(trainer))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say(f"test: {self.evaluation_words(trainer.callback_metrics, 'test')}")
@@ -139,8 +144,7 @@ class Bar(Reporter):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove()
         if not trainer.sanity_checking:
-            words = self.evaluation_words(trainer.callback_metrics, "val")
-            self.print(f"step {trainer.global_step}  validation: {words}")
+            self.print(self.validation_line(trainer))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluation = self._add("test", sum(trainer.num_test_batches))

@@ -50,6 +50,13 @@ def test_lines_say_step_loss_speed_and_time_left(
     assert lines[-1].startswith("test: bits per byte")
 
 
+@pytest.mark.parametrize("kind", [Lines, Bar])
+def test_a_validation_outside_of_a_fit_names_no_step(kind: type, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(None, kind(), enable_progress_bar=True).validate(task(), datamodule=Data(), verbose=False)
+    printed = capsys.readouterr().out
+    assert "validation: bits per byte" in printed and "step" not in printed
+
+
 def test_lines_keep_their_distance(capsys: pytest.CaptureFixture[str]) -> None:
     trainer(None, Lines(seconds=3600), max_steps=6, enable_progress_bar=True).fit(task(6), datamodule=Data())
     lines = [line for line in capsys.readouterr().out.splitlines() if " left" in line]
