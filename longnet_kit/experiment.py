@@ -46,6 +46,8 @@ def build_task(r: Recipe) -> LightningModule:
     precision = str(r.trainer.get("precision", "32-true"))
     vocab_size = tokenizers.build(r.data.tokenizer).vocab_size
     network = model.build(r.model, vocab_size, r.data.seq_len, dtype=model.compute_dtype(precision))
+    if precision == "64-true":
+        network.double()  # now: Lightning does it after a checkpoint is loaded, and what is loaded would be rounded
     task_class = tasks.registry.get(r.task)
     task = task_class(network, r.optimizer, max_steps=r.trainer["max_steps"], eval_contexts=r.data.eval_contexts)
     if r.init_from is not None:

@@ -193,6 +193,22 @@ def test_a_run_that_goes_on_reads_no_weights_to_start_from() -> None:
     assert experiment.run(load(f"init_from={first}", "name=tuned", "resume=auto", "trainer.max_steps=8")) == tuned
 
 
+def test_float64_weights_are_loaded_without_rounding() -> None:
+    double = ("trainer.precision=64-true", "optimizer.schedule=constant")
+    whole = experiment.run(load(*double))
+    part = experiment.run(load(*double, "name=part", "trainer.max_steps=4"))
+    assert experiment.run(load(*double, "name=part", "resume=auto")) == part
+    for key, weight in final_weights(whole).items():
+        assert weight.dtype == torch.float64 and torch.equal(final_weights(part)[key], weight)
+    summary = runs.read_summary(whole)
+    for tag, value in experiment.evaluate(whole).items():
+        assert value == pytest.approx(summary[tag], rel=1e-7), tag
+    tuned = experiment.build_task(load(f"init_from={whole}", *double))
+    assert torch.equal(tuned.model.state_dict()["embedding.weight"], final_weights(whole)["model.embedding.weight"])
+    narrow = experiment.build_task(load(f"init_from={whole}"))
+    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.float32}
+
+
 def test_a_file_that_is_no_checkpoint_is_refused_without_running_it() -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
