@@ -147,7 +147,12 @@ def _built_by_the_first(r: Recipe, datamodule: LightningDataModule) -> Lightning
         datamodule.setup("fit")
     task = build_task(r if place.ckpt is None else _without_weights(r))
     if place.ckpt is not None and not place.is_finished:
-        weights.check_resumable(task.model, place.ckpt)  # type: ignore[arg-type]
+        step = weights.check_resumable(task.model, place.ckpt)  # type: ignore[arg-type]
+        if place.directory is None and step >= r.trainer["max_steps"]:
+            raise ValueError(
+                f"resume: {place.ckpt} has done {step} steps, and trainer.max_steps is {r.trainer['max_steps']}; "
+                f"set it above {step} to train on from there"
+            )
     return task
 
 
@@ -172,8 +177,10 @@ def _fit(
     directory, ckpt = place.directory, place.ckpt
     assert directory is not None
     first_step = 0 if ckpt is None else int(torch.load(ckpt, map_location="cpu", weights_only=True)["global_step"])
-    last_values = callbacks.LastValues()
-    trainer.loggers = [*_loggers(r, directory, first_step, resumed=ckpt is not None), last_values]
+    earlier = runs.metrics_until(directory, first_step) if ckpt is not None and trainer.is_global_zero else []
+    last_values = callbacks.LastValues(earlier)
+    purge_step = None if ckpt is None else first_step + 1
+    trainer.loggers = [*_loggers(r, directory, earlier, purge_step), last_values]
     assert isinstance(trainer.checkpoint_callback, ModelCheckpoint)
     trainer.checkpoint_callback.dirpath = str((directory / runs.CHECKPOINTS).absolute())
     _say(f"{r.name}: {trainer.max_steps} steps into {directory}")
@@ -219,18 +226,22 @@ def _progress(r: Recipe) -> list[Callback]:
     return [] if r.trainer.get("enable_progress_bar") is False else [callbacks.progress_bar()]
 
 
-def _loggers(r: Recipe, directory: Path, first_step: int, resumed: bool) -> list[Logger]:
-    """TensorBoard and metrics.csv in the run directory; a resumed run goes on where its checkpoint stands."""
+def _loggers(r: Recipe, directory: Path, earlier: list[dict[str, str]], purge_step: int | None) -> list[Logger]:
+    """TensorBoard and metrics.csv in the run directory; a resumed run goes on where its checkpoint stands.
+
+    Args:
+        earlier: the rows of metrics.csv up to there.
+        purge_step: the first step that TensorBoard is to forget; None for none.
+    """
     place: dict[str, Any] = {
         "save_dir": directory.parent.parent,
         "name": directory.parent.name,
         "version": directory.name,
     }
-    purge: dict[str, Any] = {"purge_step": first_step + 1} if resumed else {}
+    purge: dict[str, Any] = {} if purge_step is None else {"purge_step": purge_step}
     board = TensorBoardLogger(**place, default_hp_metric=False, **purge)
     table = CSVLogger(**place)
     if rank_zero_only.rank == 0:
-        earlier = runs.metrics_until(directory, first_step) if resumed else []
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "Experiment logs directory"

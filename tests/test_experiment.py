@@ -153,6 +153,30 @@ def test_resume_from_a_path_forks() -> None:
     assert set(curve(fork, "train/loss")) == {6}
 
 
+def test_a_fork_needs_steps_to_do() -> None:
+    first = experiment.run(load())
+    for fewer in (6, 5):
+        with pytest.raises(ValueError, match=rf"has done 6 steps, and trainer.max_steps is {fewer}; set it above 6"):
+            experiment.run(load(f"resume={first}", "name=fork", f"trainer.max_steps={fewer}"))
+    assert not Path("runs/fork").exists()
+
+
+def test_a_resumed_run_remembers_what_it_measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longnet_kit.tasks import LanguageModeling
+
+    def failing(*_: Any) -> torch.Tensor:
+        raise RuntimeError("the power went")
+
+    part = experiment.run(load("trainer.max_steps=4"))
+    before = runs.read_summary(part)
+    monkeypatch.setattr(LanguageModeling, "training_step", failing)
+    with pytest.raises(RuntimeError, match="the power went"):
+        experiment.run(load("resume=auto"))
+    after = runs.read_summary(part)
+    assert after.pop("status") == "failed" and before.pop("status") == "finished"
+    assert after == pytest.approx(before, rel=1e-6)
+
+
 def test_another_recipe_cannot_resume() -> None:
     experiment.run(load())
     with pytest.raises(ValueError, match=r"model\.dim: 16 there, 32 here.*only trainer\.max_steps"):

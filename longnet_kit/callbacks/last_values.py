@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -10,11 +10,17 @@ from lightning.pytorch.loggers import Logger
 
 
 class LastValues(Logger):
-    """Keeps the last value of every scalar by its tag, for the summary of a run. It writes no files."""
+    """Keeps the last value of every scalar by its tag, for the summary of a run. It writes no files.
 
-    def __init__(self) -> None:
+    Args:
+        earlier: rows of metrics.csv, oldest first, that a resumed run goes on from.
+    """
+
+    def __init__(self, earlier: Iterable[Mapping[str, str]] = ()) -> None:
         super().__init__()
         self.values: dict[str, float] = {}
+        for row in earlier:
+            self.log_metrics({tag: float(value) for tag, value in row.items() if tag != "step"})
 
     @property
     def name(self) -> str:
