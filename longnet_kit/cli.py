@@ -88,6 +88,27 @@ def _show(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    asked: dict[str, str] = {}
+    overrides = []
+    for item in arguments.overrides:
+        key, equals, value = item.partition("=")
+        if key in ("devices", "gpu") and equals:
+            asked[key] = value
+        else:
+            overrides.append(item)
+    devices = asked.get("devices")
+    if devices is not None and not (devices.isascii() and devices.isdigit()):
+        raise UsageError(f"devices={devices}: expected a whole number, of all devices together")
+    from longnet_kit import plan
+
+    made = plan.plan(
+        arguments.recipe, overrides, devices=None if devices is None else int(devices), gpu=asked.get("gpu")
+    )
+    print(plan.render(made))
+    return DONE
+
+
 def _check_backend(arguments: argparse.Namespace) -> int:
     from longnet_kit import recipe
 
@@ -139,12 +160,14 @@ def _parser() -> argparse.ArgumentParser:
     verb("test", _evaluate, "measure a run's newest checkpoint on the test split", run, overrides)
     verb("list", _list, "name every recipe, with a line on it")
     verb("show", _show, "print a recipe in full, its parameter count and its FLOPs", recipe, overrides)
+    planned = ("overrides", "devices=N gpu=NAME key.path=value", "how many devices in all; h100, h200 or a100; keys")
+    verb("plan", _plan, "say what a run will cost each device, before anything is run", recipe, planned)
     backend = ("name", "a registered attention backend")
     verb("check-backend", _check_backend, "hold an attention backend to the definition", backend, options)
     return parser
 
 
-VERBS = ("fit", "validate", "test", "list", "show", "check-backend")
+VERBS = ("fit", "validate", "test", "list", "show", "plan", "check-backend")
 
 
 def _known_verb(argv: Sequence[str]) -> list[str]:

@@ -46,7 +46,7 @@ def build_task(r: Recipe) -> LightningModule:
     precision = str(r.trainer.get("precision", "32-true"))
     vocab_size = tokenizers.build(r.data.tokenizer).vocab_size
     network = model.build(r.model, vocab_size, r.data.seq_len, dtype=model.compute_dtype(precision))
-    if precision == "64-true":
+    if precision == "64-true" and torch.get_default_dtype() != torch.float64:
         network.double()  # now: Lightning does it after a checkpoint is loaded, and what is loaded would be rounded
     task_class = tasks.registry.get(r.task)
     task = task_class(network, r.optimizer, max_steps=r.trainer["max_steps"], eval_contexts=r.data.eval_contexts)

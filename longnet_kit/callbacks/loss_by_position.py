@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -18,6 +20,8 @@ class LossByPosition(Callback):
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if trainer.sanity_checking or losses is None or not boards or losses.isnan().all():
             return
-        image = figures.pixels(figures.loss_by_position(losses.numpy()))
+        model: Any = pl_module.model
+        shared = -(-model.seq_len // len(losses))
+        image = figures.pixels(figures.loss_by_position(losses.numpy(), positions_per_loss=shared))
         for board in boards:
             board.experiment.add_image("val/loss_by_position", image, trainer.global_step, dataformats="HWC")

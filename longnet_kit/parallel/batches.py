@@ -39,7 +39,7 @@ def cut(batch: Any, shard: SequenceShard) -> Any:
     start = shard.first_position(n)
 
     def narrowed(x: Tensor) -> Tensor:
-        return x.narrow(1, start, n).contiguous() if x.dim() >= 2 else x
+        return x.narrow(1, start, n).clone() if x.dim() >= 2 else x  # a view would keep the whole sequence in memory
 
     return apply_to_collection(batch, Tensor, narrowed)
 

@@ -116,13 +116,16 @@ class SequenceParallelFSDPStrategy(SequenceParallel, ModelParallelStrategy):
         return apply_to_collection(whole, Tensor, lambda x: x.detach().cpu()) if self.is_global_zero else {}
 
 
+def fsdp_units(module: nn.Module) -> list[nn.Module]:
+    """What FSDP gathers one by one: the entries of every ModuleList that have something to train."""
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+    return [unit for part in lists for unit in part if any(p.requires_grad for p in unit.parameters())]
+
+
 def shard_parameters(module: nn.Module, mesh: DeviceMesh) -> None:
     """Apply FSDP2: a unit for each entry of a ModuleList, and one for all that is left."""
-    for part in list(module.modules()):
-        if isinstance(part, nn.ModuleList):
-            for unit in part:
-                if any(p.requires_grad for p in unit.parameters()):
-                    fully_shard(unit, mesh=mesh)
+    for unit in fsdp_units(module):
+        fully_shard(unit, mesh=mesh)
     fully_shard(module, mesh=mesh)
     for name in ("training_step", "validation_step", "test_step", "predict_step"):
         register_fsdp_forward_method(module, name)

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def loss_by_position(losses: NDArray[np.floating], bins_per_octave: int = 2) -> Figure:
+def loss_by_position(losses: NDArray[np.floating], bins_per_octave: int = 2, positions_per_loss: int = 1) -> Figure:
     """Draw mean loss against the position in the context, in bins of equal width on a logarithmic axis.
 
     Args:
         losses: (seq_len,), nats, first position first; NaN where there was no token.
         bins_per_octave: bins from one position to its double.
+        positions_per_loss: neighbouring positions that each loss is the mean of.
 
     Raises:
         ValueError: losses holds no number.
@@ -27,6 +28,7 @@ def loss_by_position(losses: NDArray[np.floating], bins_per_octave: int = 2) -> 
     from matplotlib.figure import Figure
 
     centres, means = log_bins(losses, bins_per_octave)
+    centres = centres * positions_per_loss
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(centres, means, marker="o", markersize=3)

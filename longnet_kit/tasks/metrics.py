@@ -37,14 +37,18 @@ class Losses(NamedTuple):
     mean: Tensor
     """Over all tokens: scalar."""
     by_position: Tensor
-    """(length,)."""
+    """(length,), or fewer of a context beyond 2^20 positions."""
+
+
+MAX_PLACES = 2**20
+"""Sums that `LossByPosition` keeps at most; in a longer context neighbours share one."""
 
 
 class LossByPosition(Metric):
     """Mean loss per token, over everything and at each position of the context.
 
     Args:
-        length: positions in a context.
+        length: positions in a context. Beyond 2^20, so many neighbours share a mean that there are at most 2^20.
     """
 
     full_state_update = False
@@ -54,8 +58,10 @@ class LossByPosition(Metric):
     def __init__(self, length: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.length = length
-        self.add_state("total", torch.zeros(length, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(length, dtype=torch.int64), dist_reduce_fx="sum")
+        self.width = -(-length // MAX_PLACES)
+        places = -(-length // self.width)
+        self.add_state("total", torch.zeros(places, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(places, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, losses: Tensor, counted: Tensor, first: int = 0) -> None:
         """Add windows, or the same part of each.
@@ -65,9 +71,9 @@ class LossByPosition(Metric):
             counted: (B, N) bool.
             first: the position of the first of the N tokens.
         """
-        places = slice(first, first + losses.shape[1])
-        self.total[places] += losses.sum(0, dtype=torch.float64)
-        self.count[places] += counted.sum(0)
+        places = torch.arange(first, first + losses.shape[1], device=losses.device) // self.width
+        self.total.index_add_(0, places, losses.sum(0, dtype=torch.float64))
+        self.count.index_add_(0, places, counted.sum(0))
 
     def compute(self) -> Losses:
         """The means so far."""

@@ -14,6 +14,7 @@ from longnet_kit.parallel.threads import ThreadShard
 def test_what_has_a_sequence_is_cut_and_the_rest_is_not() -> None:
     batch = {
         "tokens": torch.arange(24).view(2, 12),
+        "alone": torch.arange(12).view(1, 12),
         "values": torch.randn(2, 12, 3),
         "index": torch.tensor([5, 6]),
         "names": ["a", "b"],
@@ -22,8 +23,9 @@ def test_what_has_a_sequence_is_cut_and_the_rest_is_not() -> None:
     parts = threads.run(3, lambda shard: batches.cut(batch, shard))
     assert all(part["index"] is batch["index"] and part["names"] == batch["names"] for part in parts)
     assert all(part["nested"][1][0] == 1 for part in parts)
-    for key in ("tokens", "values"):
+    for key in ("tokens", "alone", "values"):
         assert all(part[key].is_contiguous() and part[key].shape[1] == 4 for part in parts)
+        assert all(part[key].untyped_storage().nbytes() == part[key].nbytes for part in parts), "the rest is let go"
         assert torch.equal(torch.cat([part[key] for part in parts], 1), batch[key])  # type: ignore[arg-type]
     assert torch.cat([part["nested"][0] for part in parts], 1).shape == (2, 12)
 

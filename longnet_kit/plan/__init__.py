@@ -1,0 +1,8 @@
+"""What a recipe's run will cost each device, before anything is run."""
+
+from __future__ import annotations
+
+from longnet_kit.plan.estimate import Exchange, Plan, plan
+from longnet_kit.plan.text import render
+
+__all__ = ["Exchange", "Plan", "plan", "render"]
