@@ -26,6 +26,7 @@ from lightning.pytorch.strategies import Strategy
 
 from longnet_kit import callbacks, data, model, parallel, recipe, recipe_schema, resume, runs, tasks, weights
 from longnet_kit.data import tokenizers
+from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
 
 VALIDATIONS = 5
@@ -260,12 +261,31 @@ def _trainer(r: Recipe, **own: Any) -> Trainer:
         arguments["val_check_interval"] = min(arguments["val_check_interval"], batches)
     if isinstance(arguments.get("devices"), list) and not _on_accelerator(r):
         raise ValueError(f"trainer.devices: {recipe_schema.listed_on_cpu(arguments['devices'])}")
+    _check_world(r)
     strategy = _strategy(r)
     if isinstance(strategy, parallel.SequenceParallelFSDPStrategy) and arguments.get("precision") == "64-true":
         del arguments["precision"]  # Lightning takes it for a model-parallel strategy as a plugin only
         own["plugins"] = [DoublePrecision()]
     with _lightning_errors():
-        return Trainer(**arguments, strategy=strategy, use_distributed_sampler=False, enable_model_summary=False, **own)
+        trainer = Trainer(
+            **arguments, strategy=strategy, use_distributed_sampler=False, enable_model_summary=False, **own
+        )
+    if isinstance(trainer.strategy, SequenceParallel):
+        try:
+            _ = trainer.strategy.sequence_parallel_size  # of devices that only the machine knows
+        except ValueError as error:
+            raise ValueError(f"strategy.sequence_parallel_size: {error}") from error
+    return trainer
+
+
+def _check_world(r: Recipe) -> None:
+    """Refuse to be one of more or fewer processes than the recipe has devices: they would be runs of their own."""
+    world, devices = os.environ.get("WORLD_SIZE", ""), _devices(r)
+    if "LOCAL_RANK" in os.environ and world.isdigit() and int(world) != devices:
+        raise ValueError(
+            f"trainer.devices: the recipe is for {devices} devices in all (devices x num_nodes), and this job has "
+            f"{world} processes; set trainer.devices to those of a node and trainer.num_nodes, or start as many"
+        )
 
 
 def _strategy(r: Recipe) -> Strategy | str:

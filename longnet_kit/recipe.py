@@ -229,4 +229,7 @@ def _clip(recipe: Recipe) -> Recipe:
         contexts = list(dict.fromkeys(min(context, seq_len) for context in data.eval_contexts))
         notes.append(f"data.eval_contexts {data.eval_contexts} clipped to {contexts} by data.seq_len {seq_len}")
         data = dataclasses.replace(data, eval_contexts=contexts)
+    strategy = recipe.strategy
+    if strategy.name.startswith("sequence_parallel") and strategy.sequence_parallel_size == 1:
+        notes.append(f"strategy {strategy.name} with strategy.sequence_parallel_size 1 divides no sequence")
     return dataclasses.replace(recipe, optimizer=optimizer, data=data, notes=notes)

@@ -17,6 +17,9 @@ Involving = tuple[tuple[str, ...], Problem]
 """A problem, after the keys that it is about."""
 
 
+_TRANSFORMER_ENGINE = ("transformer-engine", "transformer-engine-float16")
+
+
 def problems(values: Values) -> list[Involving]:
     """Everything wrong with the strategy and what it must divide."""
     from longnet_kit.parallel.batches import indivisible
@@ -27,6 +30,10 @@ def problems(values: Values) -> list[Involving]:
     if isinstance(name, str) and name not in schema.STRATEGIES:
         hint = typed.suggestion(name, schema.STRATEGIES)
         return [(("strategy.name",), Problem("strategy.name", f"got {name!r}; {hint}"))]
+    precision = trainer.get("precision")
+    if isinstance(name, str) and name.endswith("fsdp") and precision in ("16-mixed", *_TRANSFORMER_ENGINE):
+        message = f"got {precision!r}, which strategy.name: {name} does not take; use bf16-mixed, bf16-true or 32-true"
+        return [(("trainer.precision", "strategy.name"), Problem("trainer.precision", message))]
     key = "strategy.sequence_parallel_size"
     if not isinstance(name, str) or size <= 1:
         return []

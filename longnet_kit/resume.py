@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 from longnet_kit import recipe, runs
 from longnet_kit.recipe import Recipe
 
-FREE_ON_RESUME = (("trainer", "max_steps"), ("trainer", "devices"), ("strategy",), ("checkpoint",))
+FREE_ON_RESUME = (
+    ("trainer", "max_steps"),
+    ("trainer", "devices"),
+    ("trainer", "num_nodes"),
+    ("strategy",),
+    ("checkpoint",),
+)
 """What may differ from the saved recipe when a run is resumed; its origin and the words about it aside."""
 
 

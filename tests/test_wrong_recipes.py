@@ -198,6 +198,14 @@ OVERRIDES = {
         ],
         ("data.eval_contexts", "windows of 12 tokens", "8 heads do not divide among 3 ranks"),
     ),
+    "a precision that FSDP does not take": (
+        ["strategy.name=fsdp", "trainer.precision=16-mixed"],
+        ("trainer.precision", "'16-mixed'", "fsdp does not take", "bf16-mixed"),
+    ),
+    "ranks that do not divide devices known late": (
+        [*SPLIT, "strategy.sequence_parallel_size=2", "trainer.devices=auto", "model.attention.backend=sdpa"],
+        ("strategy.sequence_parallel_size", "does not divide the 1 devices"),
+    ),
     "no time to wait": ([*SPLIT, "strategy.timeout=0"], ("strategy.timeout", "got 0", "above 0")),
     "unknown strategy": (["strategy.name=dpp"], ("strategy.name", "'dpp'", "did you mean 'ddp'?")),
     "weights that are not there": (["init_from=runs/none"], ("init_from", "'runs/none'", "a run directory")),

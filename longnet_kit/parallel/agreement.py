@@ -20,7 +20,7 @@ def agree(trainer: Trainer, decide: Callable[[], T]) -> T:
     directory that another is changing.
 
     Raises:
-        ValueError: `decide` raised it. The other ranks exit with 2, silently.
+        Exception: what `decide` raised, on the first rank. The others exit with 2, silently.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, SequenceParallel):
@@ -37,15 +37,16 @@ def _decided_by_the_first(trainer: Trainer, strategy: SequenceParallel, decide: 
         strategy.launcher.launch(strategy.join, trainer=trainer)
     else:  # a process that was started by others
         strategy.join()
-    outcome: tuple[Any, str] = (None, "")
+    outcome: tuple[Any, bool] = (None, False)
+    failure: Exception | None = None
     if strategy.is_global_zero:
         try:
-            outcome = (decide(), "")
-        except ValueError as error:
-            outcome = (None, str(error))
-    decided, refusal = strategy.broadcast(outcome)
-    if refusal and strategy.is_global_zero:
-        raise ValueError(refusal)
-    if refusal:
+            outcome = (decide(), True)
+        except Exception as error:
+            failure = error
+    decided, is_decided = strategy.broadcast(outcome)
+    if failure is not None:
+        raise failure
+    if not is_decided:
         sys.exit(2)
     return decided  # type: ignore[return-value]

@@ -111,9 +111,14 @@ class SequenceParallelFSDPStrategy(SequenceParallel, ModelParallelStrategy):
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
 
     def _whole(self, state: Any) -> Any:
-        """A nested state with every tensor gathered into CPU memory on rank 0; empty on the others."""
-        whole = apply_to_collection(state, Tensor, lambda x: x.full_tensor() if isinstance(x, DTensor) else x)
-        return apply_to_collection(whole, Tensor, lambda x: x.detach().cpu()) if self.is_global_zero else {}
+        """A nested state in CPU memory on rank 0, empty on the others; one tensor at a time is whole on the devices."""
+
+        def gathered(x: Tensor) -> Tensor | None:
+            whole = x.full_tensor() if isinstance(x, DTensor) else x
+            return whole.detach().cpu() if self.is_global_zero else None
+
+        found = apply_to_collection(state, Tensor, gathered)
+        return found if self.is_global_zero else {}
 
 
 def fsdp_units(module: nn.Module) -> list[nn.Module]:

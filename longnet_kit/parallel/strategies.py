@@ -219,6 +219,8 @@ def _end_launcher(pid: int) -> None:
 
 def is_about_transfers(exception: BaseException) -> bool:
     """Whether an error came out of torch.distributed's transport, because another rank is gone or silent."""
+    if "EADDRINUSE" in str(exception):
+        return False  # nobody was lost: another job has the port
     if isinstance(exception, dist.DistError):
         return True
     words = ("gloo", "NCCL", "closed by peer", "Connection reset", "Timed out", "Broken pipe", "pair closure")

@@ -33,6 +33,9 @@ def cut(tokens: Tensor, targets: Tensor, context: int, shard: SequenceShard | No
 
     Returns:
         None where a sequence holds no window.
+
+    Raises:
+        ValueError: windows longer than a shard do not span whole shards.
     """
     if shard is None or shard.size == 1:
         count = tokens.shape[1] // context
@@ -42,7 +45,8 @@ def cut(tokens: Tensor, targets: Tensor, context: int, shard: SequenceShard | No
         return None
     if context <= n:
         return _dealt(tokens, targets, context, shard)
-    assert context % n == 0, "refused before training"
+    if problem := supports(context, n * shard.size, shard.size):
+        raise ValueError(problem)
     run = shard.subgroup(context // n)
     if run.size * n == context:
         return Windows(tokens, targets, run)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from longnet_kit import attention
 from longnet_kit.attention.sharding import bind
-from longnet_kit.parallel import SequenceParallelFSDPStrategy, SequenceParallelStrategy, threads
+from longnet_kit.parallel import SequenceParallelFSDPStrategy, SequenceParallelStrategy, batches, threads
 from longnet_kit.parallel.strategies import is_about_transfers
 from tests.parallel import ranks
 
@@ -83,13 +83,9 @@ class Frames(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         g = torch.Generator().manual_seed(index)
         mask = torch.arange(24) < 13 + index
-        drawn = torch.rand(1)  # differs between workers, unless they are seeded alike
-        return {
-            "frames": torch.randn(24, 16, generator=g),
-            "mask": mask,
-            "label": torch.tensor(index % 2),
-            "drawn": drawn[0],
-        }
+        drawn = torch.rand(())  # differs between workers, unless they are seeded alike
+        frames, label = torch.randn(24, 16, generator=g), torch.tensor(index % 2)
+        return {"frames": frames, "mask": mask, "label": label, "drawn": drawn, "spectrum": torch.zeros(7)}
 
 
 class Classifier(LightningModule):
@@ -105,9 +101,15 @@ class Classifier(LightningModule):
         self.gradients: dict[str, Tensor] = {}
         self.drawn: list[float] = []
 
+    def shard_batch(self, batch: dict[str, Tensor], shard: Any) -> dict[str, Tensor]:
+        """Which of two second dimensions is the sequence, only the module knows."""
+        spectrum = batch.pop("spectrum")
+        return {**batches.cut(batch, shard), "spectrum": spectrum}
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         x, mask = batch["frames"], batch["mask"]
         self.seen.append(tuple(x.shape))
+        assert batch["spectrum"].shape[1] == 7, "this module's own shard_batch keeps it whole"
         self.drawn += batch["drawn"].tolist()
         for layer in self.layers:
             q, k, v = layer(x).unflatten(-1, (3, 4, 4)).unbind(2)

@@ -36,6 +36,11 @@ def test_ranks_see_each_window_once(batch: int, n: int, size: int, context: int)
         assert (counted == counted[:, :1]).all(), "a window counts as a whole or not at all"
         return rows
 
+    def tokens_of(shard: ThreadShard) -> int:
+        cut = windows.cut(tokens.chunk(size, 1)[shard.rank], targets.chunk(size, 1)[shard.rank], context, shard)
+        return 0 if cut is None else cut.tokens.numel()
+
+    assert len(set(threads.run(size, tokens_of))) == 1, "ranks run the model on equally many tokens"
     found = threads.run(size, work)
     if not expected:
         assert all(rows is None for rows in found)
@@ -52,6 +57,7 @@ def test_ranks_see_each_window_once(batch: int, n: int, size: int, context: int)
             for row in range(batch)
         }
         assert made == expected
+        assert not any(found[count * run :]), "ranks that are left over count nothing"
         assert all([r[1:] for r in found[rank]] == [(rank % run, run)] * batch for rank in range(count * run))  # type: ignore[union-attr]
 
 
