@@ -126,9 +126,11 @@ def test_a_plug_in_that_writes_only_forward_trains_from_shards() -> None:
         torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-12)
 
 
-def test_some_heads_of_a_layer_may_be_sharded_too() -> None:
-    """Heads 2 to 4 of 7, as a tensor-parallel rank would hold them."""
-    config = {"backend": "dilated", "segment_lengths": [3, 12, 24], "dilation_rates": [1, 2, 5]}
+@pytest.mark.parametrize("head_offsets", ["interleaved", "grouped"])
+def test_some_heads_of_a_layer_may_be_sharded_too(head_offsets: str) -> None:
+    """Heads 2 to 4 of 7, as a tensor-parallel rank would hold them; neither 5 nor 4 divides a shard of 6."""
+    config: dict[str, Any] = {"backend": "dilated", "segment_lengths": [3, 12, 24], "dilation_rates": [1, 4, 5]}
+    config["head_offsets"] = head_offsets
     given = problem(2, 24, 3)
     whole = attention.build(config)
     heads = {"first_head": 2, "total_heads": 7}
