@@ -108,7 +108,7 @@ def test_list_shows_the_users_recipes_and_says_which_are_broken(
     ("argv", "expected"),
     [
         (["fitt", "quickstart"], "did you mean 'fit'?"),
-        (["frobnicate"], "known: check-backend, fit, list, show, test, validate"),
+        (["frobnicate"], "known: check-backend, fit, list, plan, show, test, validate"),
         (["fit"], "usage: longnet fit"),
         (["fit", "quickstart", "--model.layers=2"], "keys of the recipe are set without dashes: key.path=value"),
         (["list", "quickstart"], "unrecognized arguments: quickstart"),
