@@ -59,15 +59,22 @@ def test_the_peak_is_the_measured_one(overrides: list[str]) -> None:
     assert planned == pytest.approx(found, rel=WITHIN)
 
 
-@pytest.mark.parametrize(("strategy", "within"), [("sequence_parallel", 0.03), ("sequence_parallel_fsdp", 0.1)])
-def test_the_peak_of_a_rank_is_the_measured_one(strategy: str, within: float, tmp_path: Path) -> None:
-    """Of two processes; a model whose weights are much of it, so that dividing them counts."""
+@pytest.mark.parametrize(
+    ("strategy", "below", "above"), [("sequence_parallel", 0.97, 1.03), ("sequence_parallel_fsdp", 0.99, 1.15)]
+)
+def test_the_peak_of_a_rank_is_the_measured_one(strategy: str, below: float, above: float, tmp_path: Path) -> None:
+    """Of two processes; a model whose weights are much of it, so that dividing them counts.
+
+    What FSDP has gathered at once depends on how fast transfers are: the same run measured 262 to 288 MB, and the plan,
+    289 MB, is for the worst.
+    """
     overrides = [*SMALL, "trainer.devices=2", "trainer.accelerator=cpu", f"strategy.name={strategy}"]
     overrides += ["strategy.sequence_parallel_size=2", "model.dim=512", "model.ffn_dim=2048", "data.seq_len=512",
                   "data.batch_size=1", "model.layers=6"]  # fmt: skip
     planned = plan.plan("quickstart", overrides).peak
     ranks.finish(ranks.start(2, "tests.plan.measured", str(tmp_path / "peak"), "quickstart", *overrides))
-    assert planned == pytest.approx(int((tmp_path / "peak").read_text()), rel=within)
+    found = int((tmp_path / "peak").read_text())
+    assert below * found <= planned <= above * found
 
 
 def exchanged(r: recipe.Recipe) -> list[tuple[int, int]]:
