@@ -77,9 +77,13 @@ def load(path: str | Path, overrides: Sequence[str], devices: int | None) -> tup
     if twice:
         raise ValueError(f"devices={devices} and {twice[0]} both say how many devices there are; leave one of them out")
     placed = [*overrides, *_placement(devices)]
-    if any(key.startswith("strategy") for key in keys):
-        return recipe.load(path, placed), ""
     size = "strategy.sequence_parallel_size"
+    if any(key.startswith("strategy") for key in keys):
+        own = recipe.load(path, placed)
+        unsaid = own.strategy.name.startswith("sequence_parallel") and own.strategy.sequence_parallel_size == 1
+        if not unsaid or devices == 1 or keys & {size, "strategy"}:
+            return own, ""
+        return recipe.load(path, [*placed, f"{size}={devices}"]), f"all {devices} devices share a sequence"
     alone = recipe.load(path, [*placed, f"{size}=1"])  # what is wrong with the rest is told here
     name = alone.strategy.name
     if name.startswith("sequence_parallel"):

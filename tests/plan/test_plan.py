@@ -222,6 +222,14 @@ def test_wrong_plans(overrides: list[str], words: str, capsys: pytest.CaptureFix
         ("parallel/longnet_1m", [], 16, "sequence_parallel_fsdp", 8),
         ("backends/sdpa", [], 3, "auto", 1),  # four heads: data-parallel
         ("quickstart", ["strategy.name=ddp"], 4, "ddp", 1),
+        ("quickstart", ["strategy.name=sequence_parallel"], 4, "sequence_parallel", 4),  # its size is not said
+        (
+            "quickstart",
+            ["strategy.name=sequence_parallel", "strategy.sequence_parallel_size=1"],
+            4,
+            "sequence_parallel",
+            1,
+        ),
     ],
 )
 def test_what_a_number_of_devices_means(
@@ -230,7 +238,8 @@ def test_what_a_number_of_devices_means(
     r, assumed = spread.load(path, overrides, devices)
     s = spread.of(r)
     assert (r.strategy.name, s.shards, s.devices) == (name, shards, devices or 1)
-    assert bool(assumed) == (devices is not None and not overrides)
+    said = overrides not in ([], ["strategy.name=sequence_parallel"])
+    assert bool(assumed) == (devices is not None and not said)
 
 
 def test_a_backend_that_cannot_run_without_data_is_told(capsys: pytest.CaptureFixture[str]) -> None:
