@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins import DoublePrecision
-from lightning.pytorch.strategies import Strategy
 
-from longnet_kit import callbacks, data, model, parallel, recipe, recipe_schema, resume, runs, tasks, weights
+from longnet_kit import callbacks, data, model, parallel, placement, recipe, recipe_schema, resume, runs, tasks, weights
 from longnet_kit.data import tokenizers
 from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
@@ -44,7 +42,7 @@ def build_task(r: Recipe) -> LightningModule:
     Raises:
         ValueError: the model cannot be built, or the weights of `init_from` do not fit it.
     """
-    precision = str(r.trainer.get("precision", "32-true"))
+    precision = placement.precision(r)
     vocab_size = tokenizers.build(r.data.tokenizer).vocab_size
     network = model.build(r.model, vocab_size, r.data.seq_len, dtype=model.compute_dtype(precision))
     if precision == "64-true" and torch.get_default_dtype() != torch.float64:
@@ -70,7 +68,7 @@ def run(r: Recipe) -> Path:
         _say(f"note: {note}")
     seed_everything(r.seed, workers=True, verbose=False)
     datamodule = build_data(r)
-    task = _built_by_the_first(r, datamodule) if trainer.is_global_zero else build_task(_without_weights(r))
+    task = _built_by_the_first(r, datamodule) if trainer.is_global_zero else build_task(without_weights(r))
     place = parallel.agree(trainer, lambda: _claim(r))
     if r.init_from is not None and place.ckpt is None and not trainer.is_global_zero:
         weights.load(task.model, Path(r.init_from))  # type: ignore[arg-type]
@@ -121,7 +119,7 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
 def show(r: Recipe) -> str:
     """The resolved recipe, the parameter count and the FLOPs per token, as text. No weight is allocated."""
     with torch.device("meta"):
-        network = build_task(_without_weights(r)).model
+        network = build_task(without_weights(r)).model
     parameters = sum(p.numel() for p in network.parameters())  # type: ignore[union-attr]
     embedding = network.embedding.weight.numel()  # type: ignore[union-attr]
     flops = network.flops(r.data.seq_len)  # type: ignore[operator]
@@ -146,7 +144,7 @@ def _built_by_the_first(r: Recipe, datamodule: LightningDataModule) -> Lightning
     if not place.is_finished:
         datamodule.prepare_data()
         datamodule.setup("fit")
-    task = build_task(r if place.ckpt is None else _without_weights(r))
+    task = build_task(r if place.ckpt is None else without_weights(r))
     if place.ckpt is not None and not place.is_finished:
         step = weights.check_resumable(task.model, place.ckpt)  # type: ignore[arg-type]
         if place.directory is None and step >= r.trainer["max_steps"]:
@@ -259,10 +257,10 @@ def _trainer(r: Recipe, **own: Any) -> Trainer:
     arguments.setdefault("val_check_interval", max(1, batches // VALIDATIONS))
     if isinstance(arguments["val_check_interval"], int):
         arguments["val_check_interval"] = min(arguments["val_check_interval"], batches)
-    if isinstance(arguments.get("devices"), list) and not _on_accelerator(r):
+    if isinstance(arguments.get("devices"), list) and not placement.on_accelerator(r):
         raise ValueError(f"trainer.devices: {recipe_schema.listed_on_cpu(arguments['devices'])}")
-    _check_world(r)
-    strategy = _strategy(r)
+    placement.check_world(r)
+    strategy = placement.strategy(r)
     if isinstance(strategy, parallel.SequenceParallelFSDPStrategy) and arguments.get("precision") == "64-true":
         del arguments["precision"]  # Lightning takes it for a model-parallel strategy as a plugin only
         own["plugins"] = [DoublePrecision()]
@@ -278,43 +276,6 @@ def _trainer(r: Recipe, **own: Any) -> Trainer:
     return trainer
 
 
-def _check_world(r: Recipe) -> None:
-    """Refuse to be one of more or fewer processes than the recipe has devices: they would be runs of their own."""
-    world, devices = os.environ.get("WORLD_SIZE", ""), _devices(r)
-    if "LOCAL_RANK" in os.environ and world.isdigit() and int(world) != devices:
-        raise ValueError(
-            f"trainer.devices: the recipe is for {devices} devices in all (devices x num_nodes), and this job has "
-            f"{world} processes; set trainer.devices to those of a node and trainer.num_nodes, or start as many"
-        )
-
-
-def _strategy(r: Recipe) -> Strategy | str:
-    """The recipe's strategy: on several devices always one whose processes can agree on where they run."""
-    name, size = r.strategy.name, 1
-    if name == "auto" and _devices(r) == 1:
-        return "auto"
-    if name.startswith("sequence_parallel"):
-        size = r.strategy.sequence_parallel_size
-    kind = parallel.SequenceParallelFSDPStrategy if name.endswith("fsdp") else parallel.SequenceParallelStrategy
-    return kind(size, timeout=timedelta(seconds=r.strategy.timeout))
-
-
-def _devices(r: Recipe) -> int:
-    """How many devices the run has in all."""
-    devices = r.trainer.get("devices", "auto")
-    if isinstance(devices, list):
-        devices = len(devices)
-    elif devices == "auto":
-        accelerator = r.trainer.get("accelerator", "auto")
-        devices = max(1, torch.cuda.device_count()) if accelerator in ("auto", "gpu", "cuda") else 1
-    return devices * r.trainer.get("num_nodes", 1)
-
-
-def _on_accelerator(r: Recipe) -> bool:
-    accelerator = r.trainer.get("accelerator", "auto")
-    return accelerator != "cpu" and (accelerator != "auto" or torch.accelerator.is_available())
-
-
 @contextmanager
 def _lightning_errors() -> Iterator[None]:
     """What Lightning finds wrong with a configuration is the user's error too; its advertisements are not shown."""
@@ -327,7 +288,8 @@ def _lightning_errors() -> Iterator[None]:
         raise ValueError(f"trainer: {error}") from error
 
 
-def _without_weights(r: Recipe) -> Recipe:
+def without_weights(r: Recipe) -> Recipe:
+    """The recipe without the weights that it starts from."""
     return dataclasses.replace(r, init_from=None)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from longnet_kit import attention, typed
+from longnet_kit import attention, experiment, placement, typed
 from longnet_kit.attention.patterns import Dilated
 from longnet_kit.model import compute_dtype
 from longnet_kit.plan import machines, spread, step
@@ -88,7 +88,7 @@ class Plan:
     @property
     def compute_seconds(self) -> float:
         """Of an optimizer step."""
-        rate = self.machine.flops[compute_dtype(str(self.recipe.trainer.get("precision", "32-true")))]
+        rate = self.machine.flops[compute_dtype(placement.precision(self.recipe))]
         return self.step.flops.total() * self.batches / (COMPUTE_EFFICIENCY * rate)
 
     @property
@@ -131,7 +131,7 @@ def plan(
         raise ValueError(f"devices is {devices}, expected a whole number of at least 1")
     r, assumed = spread.load(path, overrides, devices)
     spread_ = spread.of(r)
-    dtype = compute_dtype(str(r.trainer.get("precision", "32-true")))
+    dtype = compute_dtype(placement.precision(r))
     machine = machines.GPUS[gpu] if gpu else machines.here(dtype, spread_.devices)
     made = _plan(r, spread_, machine, assumed)
     if not made.fits:
@@ -165,7 +165,7 @@ def busiest(r: Recipe, s: Spread) -> int:
 
 def _weight_size(r: Recipe) -> int:
     """Bytes of a parameter, as a run's precision keeps it."""
-    precision = str(r.trainer.get("precision", "32-true"))
+    precision = placement.precision(r)
     return 4 if precision.endswith("mixed") else compute_dtype(precision).itemsize
 
 
@@ -191,15 +191,14 @@ def _divided(taken: Step, s: Spread, weight_size: int) -> Counter[str]:
 def _exchange(r: Recipe, s: Spread, taken: Step) -> Exchange:
     layers, p = r.model.layers, s.shards
     tokens = r.data.seq_len // p * r.data.batch_size
-    size = compute_dtype(str(r.trainer.get("precision", "32-true"))).itemsize
+    size = compute_dtype(placement.precision(r)).itemsize
     foreign = (p - 1) * tokens * r.model.dim
     attention = sum(taken.received.values())
     forward = sum(x for kind, x in taken.received.items() if kind.work == "forward")
     elements = sum(x for kind, x in taken.elements.items() if kind.work == "forward")
     weights = _weights(r, s, taken)
     slow = sum(x for kind, x in taken.received.items() if not kind.within_node)
-    again = forward if taken.flops["recomputed"] and r.model.activation_checkpointing != "none" else 0
-    passes = 2 + bool(again)
+    passes = 2 if r.model.activation_checkpointing == "none" else 3  # what is recomputed is exchanged again
     return Exchange(
         attention=attention,
         forward_per_layer=forward // layers,
@@ -221,10 +220,8 @@ def _weights(r: Recipe, s: Spread, taken: Step) -> int:
 
 
 def _imbalance(r: Recipe, s: Spread, taken: Step) -> float | None:
-    from longnet_kit import experiment
-
     with torch.device("meta"):
-        total = experiment.build_task(experiment._without_weights(r)).model.flops(r.data.seq_len)  # type: ignore[union-attr, operator]
+        total = experiment.build_task(experiment.without_weights(r)).model.flops(r.data.seq_len)  # type: ignore[union-attr, operator]
     if total is None or not taken.flops["forward"]:
         return None
     return taken.flops["forward"] * s.shards / (total * r.data.batch_size)

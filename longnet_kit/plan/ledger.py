@@ -83,7 +83,7 @@ class Ledger(TorchDispatchMode):
         if tensors is None:
             serials = [serial for serial in self._serials.values() if serial not in self._labels]
         else:
-            serials = [self._serials[local(x).untyped_storage()._cdata] for x in tensors]
+            serials = [self._serials[x.untyped_storage()._cdata] for x in tensors]
         self._labels.update(dict.fromkeys(serials, name))
 
     def peaks(self) -> dict[str, Counter[str]]:
@@ -161,11 +161,6 @@ class Ledger(TorchDispatchMode):
         hooks: Any = torch._C._autograd  # type: ignore[attr-defined]
         hooked = hooks._top_saved_tensors_default_hooks(False) is not None
         return "recomputed" if self.phase == "backward" and hooked else self.phase
-
-
-def local(x: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be divided, as a plain tensor."""
-    return getattr(x, "_local_tensor", x)
 
 
 def run_backward(loss: Tensor) -> None:

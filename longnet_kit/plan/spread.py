@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch.strategies import Strategy
 
-from longnet_kit import experiment, parallel, recipe
+from longnet_kit import parallel, placement, recipe
 from longnet_kit.recipe import Recipe
 
 NODE = 8
@@ -46,8 +46,8 @@ class Spread:
 
 def of(r: Recipe) -> Spread:
     """The spread of a recipe."""
-    devices = experiment._devices(r)
-    strategy = experiment._strategy(r)
+    devices = placement.devices(r)
+    strategy = placement.strategy(r)
     divides = r.strategy.name.startswith("sequence_parallel")
     return Spread(
         devices=devices,
@@ -116,4 +116,4 @@ def _try(path: str | Path, overrides: Sequence[str]) -> Recipe | None:
 
 def _same_devices(path: str | Path, overrides: Sequence[str], devices: int) -> bool:
     own = _try(path, overrides)
-    return own is not None and experiment._devices(own) == devices
+    return own is not None and placement.devices(own) == devices

@@ -20,7 +20,7 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from longnet_kit import experiment
+from longnet_kit import experiment, placement
 from longnet_kit.attention.sharding import bind
 from longnet_kit.model import compute_dtype
 from longnet_kit.parallel import batches
@@ -127,7 +127,7 @@ def _run(r: Recipe, spread: Spread, rank: int, cuda: bool, opaque: bool) -> Step
         batch = _batch(r, shard, ledger)
         with CudaAutocast() if cuda else nullcontext():
             ledger.phase = "forward"
-            with _precision(_name(r)):
+            with _precision(placement.precision(r)):
                 loss = task.training_step(batch, 0)
             assert isinstance(loss, Tensor)
             ledger.label("activations")
@@ -154,9 +154,9 @@ def _run(r: Recipe, spread: Spread, rank: int, cuda: bool, opaque: bool) -> Step
 
 def _task(r: Recipe, spread: Spread, ledger: Ledger) -> LightningModule:
     """The recipe's task, its weights as its precision says, and what it asks of a Trainer."""
-    precision = _name(r)
+    precision = placement.precision(r)
     with nullcontext() if precision.endswith("mixed") else _precision(precision):
-        task = experiment.build_task(dataclasses.replace(r, init_from=None))
+        task = experiment.build_task(experiment.without_weights(r))
     strategy = SimpleNamespace(reduce=lambda x, **_: x)
     accumulate = r.trainer.get("accumulate_grad_batches", 1)
     trainer: Any = SimpleNamespace(
@@ -191,10 +191,6 @@ def _batch(r: Recipe, shard: PlannedShard, ledger: Ledger) -> dict[str, Tensor]:
     batch = batches.cut(whole, shard)
     ledger.label("batch", batch.values())
     return batch
-
-
-def _name(r: Recipe) -> str:
-    return str(r.trainer.get("precision", "32-true"))
 
 
 @contextmanager

@@ -55,25 +55,31 @@ def problem(
 
 
 @st.composite
+def masks(draw: st.DrawFn, batch: int, seq_len: int) -> Tensor | None:
+    """Padding of every kind, (B, N) bool, or none."""
+    kind = draw(st.sampled_from(["none", "none", "scattered", "right", "left", "all but one", "one row empty"]))
+    position = torch.arange(seq_len).expand(batch, seq_len)
+    edge = torch.randint(1, seq_len + 1, (batch, 1))
+    if kind == "scattered":
+        return torch.rand(batch, seq_len) < 0.6
+    if kind == "right":
+        return position < edge
+    if kind == "left":
+        return position >= edge - 1
+    if kind == "all but one":
+        return position == edge - 1
+    if kind == "one row empty":
+        return (torch.arange(batch) > 0)[:, None].expand(batch, seq_len).contiguous()
+    return None
+
+
+@st.composite
 def problems(draw: st.DrawFn, max_seq_len: int = 48) -> Problem:
     """Any N, H, batch, causality and padding, ugly ones included."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
     batch = draw(st.sampled_from([1, 2, 3]))
     seq_len = draw(st.one_of(st.integers(1, max_seq_len), st.sampled_from([1, 2, 13, 31, 32, 37])))
-    mask = None
-    kind = draw(st.sampled_from(["none", "none", "scattered", "right", "left", "all but one", "one row empty"]))
-    position = torch.arange(seq_len).expand(batch, seq_len)
-    edge = torch.randint(1, seq_len + 1, (batch, 1))
-    if kind == "scattered":
-        mask = torch.rand(batch, seq_len) < 0.6
-    elif kind == "right":
-        mask = position < edge
-    elif kind == "left":
-        mask = position >= edge - 1
-    elif kind == "all but one":
-        mask = position == edge - 1
-    elif kind == "one row empty":
-        mask = (torch.arange(batch) > 0)[:, None].expand(batch, seq_len).contiguous()
+    mask = draw(masks(batch, seq_len))
     heads, head_dim = draw(st.integers(1, 8)), draw(st.sampled_from([1, 4, 8]))
     return problem(batch, seq_len, heads, head_dim, draw(st.booleans()), mask)
 

@@ -18,7 +18,7 @@ from longnet_kit.attention.sharding import Pending, SequenceShard, bind, to_head
 from longnet_kit.parallel import threads
 from longnet_kit.parallel.threads import ThreadShard
 from longnet_kit.testing import reference
-from tests.attention.oracle import EXACT, Problem, problem
+from tests.attention.oracle import EXACT, Problem, masks, problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:no branch has dilation rate 1")
 
@@ -57,18 +57,7 @@ def cases(draw: st.DrawFn) -> tuple[int, Problem, dict[str, Any]]:
     w = st.sampled_from(tiling + 2 * spanning)
     branches = draw(st.lists(st.tuples(w, st.integers(1, 9)), min_size=1, max_size=4))
     batch, seq_len = draw(st.integers(1, 3)), n * size
-    mask = None
-    kind = draw(st.sampled_from(["none", "none", "scattered", "right", "all but one", "one row empty"]))
-    position = torch.arange(seq_len).expand(batch, seq_len)
-    edge = torch.randint(1, seq_len + 1, (batch, 1))
-    if kind == "scattered":
-        mask = torch.rand(batch, seq_len) < 0.6
-    elif kind == "right":
-        mask = position < edge
-    elif kind == "all but one":
-        mask = position == edge - 1
-    elif kind == "one row empty":
-        mask = (torch.arange(batch) > 0)[:, None].expand(batch, seq_len).contiguous()
+    mask = draw(masks(batch, seq_len))
     given = problem(batch, seq_len, draw(st.integers(1, 7)), draw(st.sampled_from([1, 4])), draw(st.booleans()), mask)
     config = {
         "backend": "dilated",

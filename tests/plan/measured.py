@@ -16,7 +16,7 @@ from lightning import Trainer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
-from longnet_kit import experiment, recipe
+from longnet_kit import experiment, placement, recipe
 from longnet_kit.data import tokenizers
 from longnet_kit.recipe import Recipe
 
@@ -45,7 +45,7 @@ def peak(r: Recipe) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         task = experiment.build_task(r)
         trainer = Trainer(
-            **arguments, strategy=experiment._strategy(r), logger=False, enable_checkpointing=False,
+            **arguments, strategy=placement.strategy(r), logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         )  # fmt: skip
         trainer.fit(task, DataLoader(Windows(r), batch_size=r.data.batch_size))
