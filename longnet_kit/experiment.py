@@ -112,6 +112,7 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
         results: dict[str, float] = {}
         for metrics in getattr(trainer, which)(task, datamodule=datamodule, verbose=False):
             results.update(metrics)
+    parallel.disconnect_at_exit()
     _say("\n".join([f"{which} of {ckpt}", *(f"  {tag:<28} {value:.4f}" for tag, value in sorted(results.items()))]))
     return results
 
@@ -199,6 +200,7 @@ def _fit(
         if trainer.is_global_zero and directory.is_dir():
             (directory / "hparams.yaml").unlink(missing_ok=True)  # the loggers', empty: recipe.yaml says it all
             runs.write_summary(directory, status, last_values.values)
+    parallel.disconnect_at_exit()
     if trainer.is_global_zero:
         _say(_closing_lines(directory, status, trainer.global_step, time.monotonic() - started, last_values.values))
     return directory

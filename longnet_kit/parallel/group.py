@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,26 @@ from longnet_kit.attention.sharding import Pending, SequenceShard
 # torch 2.13 renames them; the old names warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def disconnect_at_exit() -> None:
+    """Close the process groups when this process ends.
+
+    A transfer's thread that still has to let go of a tensor would otherwise meet an interpreter that is gone, and abort
+    the process after its work is done.
+    """
+    stay_connected()
+    atexit.register(_disconnect)
+
+
+def stay_connected() -> None:
+    """Take it back: after a failure, closing would wait for transfers that cannot end."""
+    atexit.unregister(_disconnect)
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class ProcessShard(SequenceShard):

@@ -94,6 +94,7 @@ class SequenceParallel(Strategy):
         device = self.root_device.type
         self._mesh = DeviceMesh.from_group(mine, device, places, mesh_dim_names=("data", "sequence"))
         self._shard = ProcessShard(places[dist.get_rank() // size].tolist(), mine[1], self._timeout)
+        group.disconnect_at_exit()
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -136,6 +137,7 @@ class SequenceParallel(Strategy):
     def on_exception(self, exception: BaseException) -> None:
         """Say which rank ends, and see to it that none of those that this job started stays behind."""
         super().on_exception(exception)
+        group.stay_connected()
         if isinstance(exception, Exception) and not isinstance(exception, ValueError):
             print(self._last_words(exception), file=sys.stderr, flush=True)
         for process in getattr(self.launcher, "procs", ()):

@@ -2,7 +2,8 @@
 
 One rank's step is run without data (`step`), so that memory, FLOPs and the attention's exchange are those of the code
 itself. What data-parallel strategies add is computed here: FSDP divides parameters, gradients and optimizer state among
-all ranks, keeps what is outside the blocks gathered, and two blocks at a time with their gradients.
+all ranks, keeps what is outside the blocks gathered, and two blocks at a time with their gradients. (On CPU, gloo's
+threads may hold what they sent for longer: up to another block was seen.)
 """
 
 from __future__ import annotations

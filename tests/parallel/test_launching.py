@@ -126,3 +126,19 @@ def test_an_error_of_the_first_rank_ends_all_and_is_told_once(folder: Path) -> N
     out = desk.longnet(folder, "fit", "tiny.yaml", "resume=auto", "optimizer.lr=0.5", expect=2)
     assert out.count("optimizer.lr: 0.01 there, 0.5 here") == 1
     assert "Traceback" not in out
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "sequence_parallel"])
+def test_a_process_that_ends_has_closed_its_connections(strategy: str, folder: Path) -> None:
+    """Otherwise a thread of a transfer's, late, may abort it after all is done (seen in 1 of 30 under load)."""
+    script = folder / "script.py"
+    script.write_text(
+        "import atexit, torch.distributed as dist\n"
+        "from longnet_kit import experiment, recipe\n"
+        "atexit.register(lambda: print('connected', dist.is_initialized(), flush=True))\n"
+        f"experiment.run(recipe.load('tiny.yaml', ['strategy.name={strategy}', 'data.batch_size=2']))\n"
+        "print('was connected', dist.is_initialized(), flush=True)\n"
+    )
+    out = together([[sys.executable, "script.py"]], folder, [desk.environment()])[0]
+    assert out.count("was connected True") == 2
+    assert out.count("connected False") == 2

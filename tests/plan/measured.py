@@ -1,6 +1,6 @@
 """The peak of memory of a real training, by torch's profiler; as a script, one rank of several.
 
-`python -m tests.plan.measured FILE RECIPE OVERRIDE...` writes the peak of rank 0 into the file.
+`python -m tests.plan.measured FILE RECIPE OVERRIDE...` writes the peak of each rank into FILE.<rank>.
 """
 
 from __future__ import annotations
@@ -62,5 +62,4 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found = peak(recipe.load(sys.argv[2], sys.argv[3:]))
-    if os.environ["LOCAL_RANK"] == "0":
-        Path(sys.argv[1]).write_text(str(found))
+    Path(f"{sys.argv[1]}.{os.environ['LOCAL_RANK']}").write_text(str(found))
