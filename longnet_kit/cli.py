@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import longnet_kit
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. A fault is raised instead, so that the interpreter shows its traceback and exits with 1.
     """
     try:
-        arguments = _parser().parse_args(_known_verb(sys.argv[1:] if argv is None else argv))
+        arguments = _arguments(list(sys.argv[1:] if argv is None else argv))
         code = arguments.call(arguments)
         sys.stdout.flush()
         return code
@@ -97,15 +98,54 @@ def _plan(arguments: argparse.Namespace) -> int:
             asked[key] = value
         else:
             overrides.append(item)
-    devices = asked.get("devices")
-    if devices is not None and not (devices.isascii() and devices.isdigit()):
-        raise UsageError(f"devices={devices}: expected a whole number, of all devices together")
+    devices = None
+    if "devices" in asked:
+        devices = _whole_number(f"devices={asked['devices']}", "all devices together")
     from longnet_kit import plan
 
-    made = plan.plan(
-        arguments.recipe, overrides, devices=None if devices is None else int(devices), gpu=asked.get("gpu")
-    )
+    made = plan.plan(arguments.recipe, overrides, devices=devices, gpu=asked.get("gpu"))
     print(plan.render(made))
+    return DONE
+
+
+def _pattern(arguments: argparse.Namespace) -> int:
+    from longnet_kit import recipe
+
+    length, overrides = 16, []
+    for item in arguments.overrides:
+        if item.startswith("length="):
+            length = _whole_number(item, "tokens in the sequence that is drawn")
+        else:
+            overrides.append(item)
+    r = recipe.load(arguments.recipe, overrides)
+    from longnet_kit.report import pattern
+
+    print(pattern.draw(r, length, arguments.output))
+    return DONE
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from longnet_kit import sweep
+
+    return sweep.sweep(arguments.recipe, arguments.overrides)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from longnet_kit.report import compare
+
+    print(
+        compare.compare(
+            arguments.runs, sort=arguments.sort, metrics=arguments.metric, plot=arguments.plot,
+            against=arguments.against, csv=arguments.csv, markdown=arguments.markdown,
+        )
+    )  # fmt: skip
+    return DONE
+
+
+def _board(arguments: argparse.Namespace) -> int:
+    from longnet_kit import board
+
+    board.serve(arguments.directory, arguments.host, arguments.port)
     return DONE
 
 
@@ -116,6 +156,13 @@ def _check_backend(arguments: argparse.Namespace) -> int:
     from longnet_kit import testing
 
     return testing.main_check(arguments.name, options)
+
+
+def _whole_number(item: str, what: str) -> int:
+    value = item.partition("=")[2]
+    if not (value.isascii() and value.isdigit()):
+        raise UsageError(f"{item}: expected a whole number, of {what}")
+    return int(value)
 
 
 def _is_lost_rank(error: RuntimeError) -> bool:
@@ -133,7 +180,26 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}\n{self.format_usage().rstrip()}")
 
 
-def _parser() -> argparse.ArgumentParser:
+VERBS = (
+    "fit", "validate", "test", "list", "show", "plan", "pattern", "sweep", "compare", "board", "check-backend"
+)  # fmt: skip
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse; options of a verb may stand anywhere after it.
+
+    The verb is looked at first: argparse would not say which one was meant.
+    """
+    if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
+        raise UsageError(f"there is no verb {argv[0]!r}; {typed.suggestion(argv[0], VERBS)}")
+    parser, verbs = _parsers()
+    if argv and argv[0] in verbs:
+        return verbs[argv[0]].parse_intermixed_args(argv[1:], argparse.Namespace(verb=argv[0]))
+    return parser.parse_args(argv or ["--help"])
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The command's parser, and each verb's own."""
     parser = _Parser(
         prog="longnet",
         description="Train language models with LongNet and its rivals, from recipes.",
@@ -146,14 +212,19 @@ def _parser() -> argparse.ArgumentParser:
     run = ("run", "a run directory, runs/<name> for its newest version, or a recipe whose run is there")
     overrides = ("overrides", "key.path=value", "sets a key of the recipe, like model.layers=2; the value is YAML")
     options = ("options", "key=value", "an argument of the backend; imports=[module] imports a plug-in first")
+    made: dict[str, argparse.ArgumentParser] = {}
 
-    def verb(name: str, call: Any, words: str, subject: tuple[str, str] | None = None, rest: Any = None) -> None:
+    def verb(
+        name: str, call: Any, words: str, subject: tuple[str, str] | None = None, rest: Any = None
+    ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".", allow_abbrev=False)
         if subject is not None:
             sub.add_argument(subject[0], metavar=subject[0].upper(), help=subject[1])
         if rest is not None:
             sub.add_argument(rest[0], metavar=rest[1], nargs="*", help=rest[2])
         sub.set_defaults(call=call)
+        made[name] = sub
+        return sub
 
     verb("fit", _fit, "train what a recipe says", recipe, overrides)
     verb("validate", _evaluate, "measure a run's newest checkpoint on the validation split", run, overrides)
@@ -162,20 +233,31 @@ def _parser() -> argparse.ArgumentParser:
     verb("show", _show, "print a recipe in full, its parameter count and its FLOPs", recipe, overrides)
     planned = ("overrides", "devices=N gpu=NAME key.path=value", "how many devices in all; h100, h200 or a100; keys")
     verb("plan", _plan, "say what a run will cost each device, before anything is run", recipe, planned)
+    drawn = ("overrides", "length=N key.path=value", "tokens in the drawn sequence, by default 16; keys of the recipe")
+    pattern = verb("pattern", _pattern, "draw who attends to whom, per branch and head, and mixed", recipe, drawn)
+    pattern.add_argument("--output", type=Path, metavar="FILE", help="also draw a figure: a .png, .pdf or .svg file")
+    grid = ("overrides", "key.path=a,b,c", "values to try: one run for each combination; or a single value for all")
+    verb("sweep", _sweep, "train a recipe once for each combination of values; goes on where it was", recipe, grid)
+    runs = ("runs", "RUN", "run directories, folders of them, or patterns like 'runs/*'; by default all in runs/")
+    _add_comparison(verb("compare", _compare, "hold runs against each other, in a table and a plot", rest=runs))
+    board = verb("board", _board, "start TensorBoard on runs/ and print its address")
+    board.add_argument("directory", metavar="DIRECTORY", nargs="?", type=Path, default=Path("runs"), help="of runs")
+    board.add_argument("--port", type=int, default=None, help="by default the first free one from 6006; 0 for any")
+    board.add_argument("--host", default="localhost", help="the address to listen on; 0.0.0.0 for all of the machine's")
     backend = ("name", "a registered attention backend")
     verb("check-backend", _check_backend, "hold an attention backend to the definition", backend, options)
-    return parser
+    return parser, made
 
 
-VERBS = ("fit", "validate", "test", "list", "show", "plan", "check-backend")
-
-
-def _known_verb(argv: Sequence[str]) -> list[str]:
-    """The arguments, after a look at the verb: argparse would not say which one was meant."""
-    argv = list(argv)
-    if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
-        raise UsageError(f"there is no verb {argv[0]!r}; {typed.suggestion(argv[0], VERBS)}")
-    return argv or ["--help"]
+def _add_comparison(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("--sort", metavar="TAG", help="the metric that orders the runs; by default val/loss")
+    compare.add_argument("--metric", metavar="TAG", action="append", default=[], help="show this one; may be repeated")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves: a .png, .pdf or .svg file")
+    compare.add_argument(
+        "--against", choices=("steps", "tokens", "seconds"), default="steps", help="what the plot's curves are over"
+    )
+    compare.add_argument("--csv", type=Path, metavar="FILE", help="write the table in full precision")
+    compare.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 
 
 def _is_ours(error: ValueError) -> bool:

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,23 @@ from lightning import LightningDataModule, LightningModule, Trainer, seed_everyt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import DoublePrecision
 
-from longnet_kit import callbacks, data, model, parallel, placement, recipe, recipe_schema, resume, runs, tasks, weights
+from longnet_kit import (
+    callbacks,
+    data,
+    model,
+    parallel,
+    placement,
+    recipe,
+    recipe_schema,
+    resume,
+    run_lock,
+    runs,
+    tasks,
+    weights,
+)
 from longnet_kit.data import tokenizers
 from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
@@ -69,16 +82,15 @@ def run(r: Recipe) -> Path:
     seed_everything(r.seed, workers=True, verbose=False)
     datamodule = build_data(r)
     task = _built_by_the_first(r, datamodule) if trainer.is_global_zero else build_task(without_weights(r))
-    place = parallel.agree(trainer, lambda: _claim(r))
-    if r.init_from is not None and place.ckpt is None and not trainer.is_global_zero:
-        weights.load(task.model, Path(r.init_from))  # type: ignore[arg-type]
-    if place.is_finished:
-        _say(
-            f"{place.directory} has finished its {r.trainer['max_steps']} steps; raise trainer.max_steps to train it on"
-        )
-        assert place.directory is not None
-        return place.directory
-    return _fit(r, trainer, task, datamodule, place)
+    with ExitStack() as held:
+        place = parallel.agree(trainer, lambda: _claim(r, held))
+        if r.init_from is not None and place.ckpt is None and not trainer.is_global_zero:
+            weights.load(task.model, Path(r.init_from))  # type: ignore[arg-type]
+        if not place.is_finished:
+            return _fit(r, trainer, task, datamodule, place)
+    _say(f"{place.directory} has finished its {r.trainer['max_steps']} steps; raise trainer.max_steps to train it on")
+    assert place.directory is not None
+    return place.directory
 
 
 def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = "validate") -> dict[str, float]:
@@ -112,7 +124,6 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
         results: dict[str, float] = {}
         for metrics in getattr(trainer, which)(task, datamodule=datamodule, verbose=False):
             results.update(metrics)
-    parallel.disconnect_at_exit()
     _say("\n".join([f"{which} of {ckpt}", *(f"  {tag:<28} {value:.4f}" for tag, value in sorted(results.items()))]))
     return results
 
@@ -143,6 +154,8 @@ def _built_by_the_first(r: Recipe, datamodule: LightningDataModule) -> Lightning
     """The task of the first rank, once its data is there: errors end the run before a process is started."""
     place = resume.find(r)
     if not place.is_finished:
+        if place.directory is not None:
+            run_lock.check_free(place.directory)
         datamodule.prepare_data()
         datamodule.setup("fit")
     task = build_task(r if place.ckpt is None else without_weights(r))
@@ -156,14 +169,22 @@ def _built_by_the_first(r: Recipe, datamodule: LightningDataModule) -> Lightning
     return task
 
 
-def _claim(r: Recipe) -> resume.Place:
-    """Where the run goes on or starts, its directory made and its recipe in it."""
+def _claim(r: Recipe, held: ExitStack) -> resume.Place:
+    """Where the run goes on or starts, its directory made and locked as long as `held` is open, its recipe in it."""
     place = resume.find(r)
     if place.is_finished:
         return place
     directory = place.directory or runs.claim(r.name)
+    if note := held.enter_context(run_lock.hold(directory)):
+        _say(f"note: {note}")
+    if place.directory is not None:
+        place = resume.at(r, directory)  # what another process has done until it let go
+        if place.is_finished:
+            return place
     (directory / runs.SUMMARY).unlink(missing_ok=True)
-    recipe.save(r, directory / runs.RECIPE)
+    staged = directory / f".{runs.RECIPE}"
+    recipe.save(r, staged)
+    os.replace(staged, directory / runs.RECIPE)  # whoever finds a recipe finds a whole one
     return place._replace(directory=directory, is_new=place.directory is None)
 
 
@@ -179,7 +200,7 @@ def _fit(
     first_step = 0 if ckpt is None else int(torch.load(ckpt, map_location="cpu", weights_only=True)["global_step"])
     earlier = runs.metrics_until(directory, first_step) if ckpt is not None and trainer.is_global_zero else []
     last_values = callbacks.LastValues(earlier)
-    purge_step = None if ckpt is None else first_step + 1
+    purge_step = None if place.is_new else first_step + 1
     trainer.loggers = [*_loggers(r, directory, earlier, purge_step), last_values]
     assert isinstance(trainer.checkpoint_callback, ModelCheckpoint)
     trainer.checkpoint_callback.dirpath = str((directory / runs.CHECKPOINTS).absolute())
@@ -200,7 +221,6 @@ def _fit(
         if trainer.is_global_zero and directory.is_dir():
             (directory / "hparams.yaml").unlink(missing_ok=True)  # the loggers', empty: recipe.yaml says it all
             runs.write_summary(directory, status, last_values.values)
-    parallel.disconnect_at_exit()
     if trainer.is_global_zero:
         _say(_closing_lines(directory, status, trainer.global_step, time.monotonic() - started, last_values.values))
     return directory
@@ -209,8 +229,12 @@ def _fit(
 def _callbacks(r: Recipe) -> list[Callback]:
     return [
         callbacks.Throughput(),  # before the bar, which shows what it measured
+        callbacks.Consumption(),
         *_progress(r),
+        callbacks.AttentionPattern(),
+        callbacks.BranchWeights(),
         callbacks.LossByPosition(),
+        callbacks.PerplexityByContext(),
         callbacks.FinalValidation(),
         ModelCheckpoint(
             filename="step_{step:08d}",
@@ -234,21 +258,16 @@ def _loggers(r: Recipe, directory: Path, earlier: list[dict[str, str]], purge_st
         earlier: the rows of metrics.csv up to there.
         purge_step: the first step that TensorBoard is to forget; None for none.
     """
-    place: dict[str, Any] = {
-        "save_dir": directory.parent.parent,
-        "name": directory.parent.name,
-        "version": directory.name,
-    }
-    purge: dict[str, Any] = {} if purge_step is None else {"purge_step": purge_step}
-    board = TensorBoardLogger(**place, default_hp_metric=False, **purge)
-    table = CSVLogger(**place)
+    board = callbacks.Board(directory, purge_step)
+    table = CSVLogger(directory.parent.parent, name=directory.parent.name, version=directory.name)
     if rank_zero_only.rank == 0:
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "Experiment logs directory"
             )  # it holds the recipe, and the rows kept here
             table.experiment.metrics.extend(earlier)
-        callbacks.log_hyper_parameters(board, recipe.to_dict(r))
+        board.describe(recipe.to_dict(r), recipe.dumps(r))
+        callbacks.draw_again(board, earlier)
     return [board, table]
 
 
@@ -285,6 +304,7 @@ def _lightning_errors() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # of a resumed run
             yield
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
@@ -306,14 +326,13 @@ def _closing_lines(directory: Path, status: str, steps: int, seconds: float, sca
     numbers = "  ".join(f"{tag} {_si(scalars[tag]) if scalars[tag] >= 1000 else f'{scalars[tag]:.3f}'}"
                         for tag in tags if tag in scalars)  # fmt: skip
     command = shlex.quote(os.environ.get("LONGNET_COMMAND", "longnet"))
-    tensorboard = Path(sys.executable).with_name("tensorboard")
-    board = min(str(tensorboard), os.path.relpath(tensorboard), key=len)
     return "\n".join(
         [
             f"{status}  {directory}: {steps} steps in {seconds:.0f} s",
             f"          {numbers}",
             f"next      {command} test {directory}",
-            f"          {board} --logdir {runs.ROOT}",
+            f"          {command} compare {runs.ROOT}",
+            f"          {command} board",
         ]
     )
 

@@ -44,16 +44,24 @@ def find(r: Recipe) -> Place:
         saved = [d for d in runs.versions(r.name) if (d / runs.RECIPE).is_file()]
         if not saved:
             return Place()
-        newest = saved[-1]
-        _check_same(r, newest)
-        saved_steps = runs.checkpoints(newest)
-        return Place(newest, saved_steps[-1] if saved_steps else None, _is_finished(newest, r))
+        return at(r, saved[-1])
     path = Path(r.resume)
     ckpt = path if path.is_file() else runs.checkpoint(runs.find(path))
     run_directory = ckpt.parent.parent
     if (run_directory / runs.RECIPE).is_file():
         _check_same(r, run_directory)
     return Place(ckpt=ckpt)
+
+
+def at(r: Recipe, directory: Path) -> Place:
+    """How far a recipe's run has come in a run directory.
+
+    Raises:
+        ValueError: it was trained under another recipe.
+    """
+    _check_same(r, directory)
+    saved_steps = runs.checkpoints(directory)
+    return Place(directory, saved_steps[-1] if saved_steps else None, _is_finished(directory, r))
 
 
 def _is_finished(directory: Path, r: Recipe) -> bool:

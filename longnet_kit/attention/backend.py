@@ -6,15 +6,16 @@ that no backend has to.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from longnet_kit.attention.patterns import Pattern
-from longnet_kit.attention.sharding import SequenceShard, to_heads, to_sequence
-
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from longnet_kit.attention import maps
+from longnet_kit.attention.inputs import all_heads, check_inputs, nearest_divisor
+from longnet_kit.attention.patterns import Dilated, Pattern
+from longnet_kit.attention.sharding import SequenceShard, to_heads, to_sequence, whole_sequence
 
 
 class Support(NamedTuple):
@@ -25,6 +26,16 @@ class Support(NamedTuple):
 
     def __bool__(self) -> bool:
         return self.ok
+
+
+class _Branches:
+    """The branches of a backend's pattern, unless a plug-in keeps something of its own under that name."""
+
+    def __get__(self, backend: AttentionBackend | None, _: type) -> list[tuple[int, int]]:
+        if backend is None:  # asked of the class
+            return []
+        own: Any = backend._modules.get("branches")
+        return own if own is not None else _branches(backend.pattern)
 
 
 class AttentionBackend(nn.Module):
@@ -38,6 +49,15 @@ class AttentionBackend(nn.Module):
 
     shard: SequenceShard | None = None
     """Which part of longer sequences the inputs are; None when they are whole. A sequence-parallel strategy sets it."""
+
+    watch: Callable[[Tensor, Tensor, bool, Tensor | None], Any] | None = None
+    """Called with (q, k, causal, key_padding_mask), just as they were given, before each attention; None: nobody looks.
+
+    Not part of the module's state. In a sharded sequence it gets this rank's shard. Any callable but an nn.Module.
+    """
+
+    branches = _Branches()
+    """(segment length, dilation rate) of each branch, in the recipe's order; [] where the pattern has none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,18 +110,17 @@ class AttentionBackend(nn.Module):
             raise ValueError(support.reason)
         heads = {}
         if self.head_dependent:
-            total_heads = first_head + q.shape[2] if total_heads is None else total_heads
-            if not 0 <= first_head <= first_head + q.shape[2] <= total_heads:
-                raise ValueError(
-                    f"heads {first_head} to {first_head + q.shape[2] - 1} were given, but total_heads is {total_heads}"
-                )
-            heads = {"first_head": first_head, "total_heads": total_heads}
-        if self.shard is None or self.shard.size == 1:
+            heads = {"first_head": first_head, "total_heads": all_heads(q.shape[2], first_head, total_heads)}
+        shard = None if self.shard is None or self.shard.size == 1 else self.shard
+        if shard is not None:
+            support = self.supports_shards(seq_len=q.shape[1] * shard.size, shards=shard.size, heads=q.shape[2])
+            if not support:
+                raise ValueError(support.reason)
+        if self.watch is not None:
+            self.watch(q, k, causal, key_padding_mask)
+        if shard is None:
             return super().__call__(q, k, v, causal, key_padding_mask, **heads)
-        shards = self.supports_shards(seq_len=q.shape[1] * self.shard.size, shards=self.shard.size, heads=q.shape[2])
-        if not shards:
-            raise ValueError(shards.reason)
-        return self.forward_sharded(q, k, v, self.shard, causal, key_padding_mask, **heads)
+        return self.forward_sharded(q, k, v, shard, causal, key_padding_mask, **heads)
 
     def forward_sharded(
         self,
@@ -134,8 +153,109 @@ class AttentionBackend(nn.Module):
         whole = to_heads(torch.stack((q, k, v)), shard)  # (3, B, N, H / P, D)
         mask = None
         if key_padding_mask is not None:
-            mask = shard.all_gather(key_padding_mask.T.contiguous())().T.contiguous()
+            mask = whole_sequence(key_padding_mask, shard)
         return to_sequence(super().__call__(*whole.unbind(0), causal, mask, **heads), shard)
+
+    def attention_map(
+        self,
+        q: Tensor,
+        k: Tensor,
+        queries: Tensor | Sequence[int] | None = None,
+        causal: bool = True,
+        key_padding_mask: Tensor | None = None,
+        first_head: int = 0,
+        total_heads: int | None = None,
+    ) -> Tensor:
+        """The weight of every key in the outputs of chosen queries, from the pattern, without autograd.
+
+        Times v it is what `forward` gives there. Beyond the rows asked for nothing of size N x N is held. In a sharded
+        sequence all ranks call with the same queries, count positions in the whole sequence, and get the whole rows.
+
+        Args:
+            q, k: (B, N, H, D).
+            queries: (Q,) int, positions in the sequence; None: all of them.
+            key_padding_mask: (B, N) bool, True where the token is real.
+            first_head, total_heads: where these heads stand among all heads of the layer.
+
+        Returns:
+            (B, H, Q, N), at least float32; rows are 0 where a query is padded or sees nothing.
+
+        Raises:
+            ValueError: malformed inputs, queries that the sequence does not have, or a backend without a pattern.
+        """
+        if self.pattern is None:
+            raise ValueError(
+                f"the attention backend {type(self).__name__} has no pattern, so its weights are not known; write its "
+                "`pattern`, or look at one of the kit's own backends"
+            )
+        check_inputs(q, k, k, key_padding_mask)
+        total_heads = all_heads(q.shape[2], first_head, total_heads)
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            q, k, key_padding_mask, _ = self._whole(q, k, key_padding_mask)
+            positions = maps.as_positions(queries, q.shape[1], q.device)
+            return maps.attention_map(self.pattern, q, k, positions, causal, key_padding_mask, first_head, total_heads)
+
+    def branch_weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        causal: bool = True,
+        key_padding_mask: Tensor | None = None,
+        first_head: int = 0,
+        total_heads: int | None = None,
+    ) -> Tensor:
+        """The share of each branch in the outputs (LongNet eq. 10), without autograd.
+
+        In a sharded sequence all ranks call, and each gets the shares of its own tokens.
+
+        Args:
+            q, k: (B, N, H, D).
+            key_padding_mask: (B, N) bool, True where the token is real.
+            first_head, total_heads: where these heads stand among all heads of the layer.
+
+        Returns:
+            (branches, B, N, H), in the order of `branches`, at least float32; 0 where a branch does not keep the
+            position for the head, or the query is padded. They sum to 1 wherever some branch keeps a real token.
+
+        Raises:
+            ValueError: malformed inputs, or a backend without branches.
+        """
+        if not _branches(self.pattern):
+            raise ValueError(
+                f"the attention backend {type(self).__name__} has no branches to weigh against each other; the backend "
+                "dilated has, and naive with a dilated pattern"
+            )
+        check_inputs(q, k, k, key_padding_mask)
+        total_heads = all_heads(q.shape[2], first_head, total_heads)
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            weights = maps.shares(self.branch_lse(q, k, causal, key_padding_mask, first_head, total_heads))
+        return weights if key_padding_mask is None else weights.masked_fill(~key_padding_mask[:, :, None], 0)
+
+    def branch_lse(
+        self, q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None, first_head: int, total_heads: int
+    ) -> Tensor:
+        """The log of each branch's softmax denominators; by default from the pattern, in chunks of queries.
+
+        Inputs are as of `branch_weights`, checked. In a sharded sequence the default gathers q and k of all of it.
+
+        Returns:
+            (branches, B, N, H), at least float32; -inf where a branch does not keep the position for the head, and
+            anything where the query is padded.
+        """
+        assert isinstance(self.pattern, Dilated)
+        tokens = q.shape[1]
+        q, k, key_padding_mask, first = self._whole(q, k, key_padding_mask)
+        queries = torch.arange(first, first + tokens, device=q.device)
+        return maps.branch_lse(self.pattern, q, k, queries, causal, key_padding_mask, first_head, total_heads)
+
+    def _whole(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """q, k and mask of the whole sequence, and the position in it of the first token that was given."""
+        shard = self.shard
+        if shard is None or shard.size == 1:
+            return q, k, mask, 0
+        first = shard.first_position(q.shape[1])
+        mask = None if mask is None else whole_sequence(mask, shard)
+        return whole_sequence(q, shard), whole_sequence(k, shard), mask, first
 
     def supports_shards(self, *, seq_len: int, shards: int, heads: int) -> Support:
         """Whether `forward_sharded` can run a sequence cut into `shards`; if not, the reason names what can."""
@@ -144,7 +264,7 @@ class AttentionBackend(nn.Module):
         return Support(
             False,
             f"{heads} heads do not divide among {shards} ranks, and this backend trains sequence-parallel with a part "
-            f"of the heads on each rank; use a sequence_parallel_size of {_nearest_divisor(heads, shards)}, "
+            f"of the heads on each rank; use a sequence_parallel_size of {nearest_divisor(heads, shards)}, "
             f"{-(-heads // shards) * shards} heads, or the backend dilated, which keeps all heads on every rank",
         )
 
@@ -175,36 +295,5 @@ class AttentionBackend(nn.Module):
         )
 
 
-def _nearest_divisor(number: int, near: int) -> int:
-    """The divisor of `number` that is nearest to `near`."""
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
-
-
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:
-    """Raise a ValueError that says what came and what is accepted, unless the inputs are well-formed."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} is a {type(x).__name__}, expected a tensor (batch, seq, heads, head_dim)")
-        if x.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (batch, seq, heads, head_dim)")
-        if x.dtype not in FLOATS:
-            raise ValueError(f"{name} is {x.dtype}, expected one of {', '.join(map(str, FLOATS))}")
-        if x.shape != q.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)} but q has {tuple(q.shape)}; they must be equal")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} is {x.dtype} but q is {q.dtype}; cast them to one dtype")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move them to one device")
-    if 0 in q.shape:
-        raise ValueError(f"q has shape {tuple(q.shape)}; every dimension must be at least 1")
-    if key_padding_mask is None:
-        return
-    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-        given = key_padding_mask.dtype if isinstance(key_padding_mask, Tensor) else type(key_padding_mask).__name__
-        raise ValueError(f"key_padding_mask is {given}, expected a bool tensor, True where the token is real")
-    if key_padding_mask.shape != q.shape[:2]:
-        raise ValueError(
-            f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, expected (batch, seq) = {tuple(q.shape[:2])}"
-        )
-    if key_padding_mask.device != q.device:
-        raise ValueError(f"key_padding_mask is on {key_padding_mask.device} but q is on {q.device}; move it there")
+def _branches(pattern: Pattern | None) -> list[tuple[int, int]]:
+    return list(pattern.branches) if isinstance(pattern, Dilated) else []

@@ -77,6 +77,28 @@ class DilatedAttention(AttentionBackend):
         """Attend from a shard to the sequence; of segments longer than it, kept keys and values are exchanged."""
         return self._attend(q, k, v, shard, causal, key_padding_mask, first_head, total_heads)
 
+    def branch_lse(
+        self, q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None, first_head: int, total_heads: int
+    ) -> Tensor:
+        """The log of each branch's softmax denominators from the kernels; memory does not grow with N squared."""
+        scale = q.shape[-1] ** -0.5
+        if key_padding_mask is not None:
+            q, k, _ = padding.hide(q, k, k, key_padding_mask)
+        q, k = unit_stride(q), unit_stride(k)
+        _, tokens, heads, _ = q.shape
+        branches, rule, shard = self._pattern.branches, self._pattern.head_offsets, self.shard
+        if shard is not None and shard.size > 1:
+            support = dilated_sharded.supports(branches, tokens * shard.size, shard.size)
+            if not support:
+                raise ValueError(support.reason)
+            return dilated_sharded.branch_lse(q, k, shard, branches, rule, first_head, total_heads, causal, scale)
+        found = []
+        for w, r in branches:
+            mixture = Mixture(q, covered=r == 1)
+            mixture.attend(branch_views(tokens, w, r, rule, first_head, heads, total_heads), q, k, k, causal, scale)
+            found.append(mixture.lse)
+        return torch.stack(found)
+
     def supports_shards(self, *, seq_len: int, shards: int, heads: int) -> Support:
         """Any number of heads; a segment must tile a shard or span whole shards."""
         return dilated_sharded.supports(self._pattern.branches, seq_len, shards)

@@ -49,6 +49,36 @@ def attend(
     return _Attend.apply(q, k, v, ordered, causal, scale)  # type: ignore[return-value]
 
 
+def branch_lse(
+    q: Tensor,
+    k: Tensor,
+    shard: SequenceShard,
+    branches: Sequence[tuple[int, int]],
+    head_offsets: HeadOffsets,
+    first_head: int,
+    total_heads: int,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """The log of each branch's softmax denominators over the whole sequence, for this rank's tokens.
+
+    Args:
+        As of `attend`; q and k with elements of a head side by side.
+
+    Returns:
+        (branches, B, n, H), in the given order; -inf where a branch does not keep the position.
+    """
+    layout = _Layout(shard, q.shape[1], q.shape[2], head_offsets, first_head, total_heads)
+    found = []
+    for branch in (layout.branch(w, r) for w, r in branches):
+        mixture = Mixture(q, covered=branch.r == 1)
+        mixture.attend(branch.views, q, k, k, causal, scale)
+        if isinstance(branch, _Spanning):
+            branch.attend(mixture, q, branch.group.all_gather(branch.pack(k, k))(), causal, scale)
+        found.append(mixture.lse)
+    return torch.stack(found)
+
+
 def supports(branches: Sequence[tuple[int, int]], seq_len: int, shards: int) -> Support:
     """Whether every segment tiles a shard or spans whole shards; if not, the reason names sizes that do."""
     n = seq_len // shards

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longnet_kit.attention import patterns, register
 from longnet_kit.attention.backend import AttentionBackend
+from longnet_kit.attention.maps import weigh
 
 
 @register("naive")
@@ -43,18 +44,12 @@ class Naive(AttentionBackend):
         first_head: int = 0,
         total_heads: int | None = None,
     ) -> Tensor:
-        _, seq_len, heads, head_dim = q.shape
+        _, seq_len, heads, _ = q.shape
         total_heads = heads if total_heads is None else total_heads
         m = self._pattern.multiplicity(seq_len, total_heads, causal)[first_head : first_head + heads].to(q.device)
-        seen = m > 0  # (H, N, N), and (B, H, N, N) with padding
+        real = None
         if key_padding_mask is not None:
             # NaN times zero is NaN, so padding must be gone from the products, not only from the weights.
             q, k, v = (x.masked_fill(~key_padding_mask[:, :, None, None], 0) for x in (q, k, v))
-            seen = seen & key_padding_mask[:, None, None, :] & key_padding_mask[:, None, :, None]
-        scores = torch.einsum("bphd,bkhd->bhpk", q, k)
-        # Under autocast the products are low-precision; the softmax never is.
-        exact = torch.promote_types(scores.dtype, torch.float32)
-        scores = scores.to(exact) / head_dim**0.5 + m.to(exact).clamp(min=1).log()
-        blind = ~seen.any(-1, keepdim=True)  # queries that see nothing output zero
-        weights = scores.masked_fill(~seen & ~blind, float("-inf")).softmax(-1).masked_fill(blind, 0)
-        return torch.einsum("bhpk,bkhd->bphd", weights.to(v.dtype), v)
+            real = key_padding_mask[:, :, None] & key_padding_mask[:, None, :]
+        return torch.einsum("bhpk,bkhd->bphd", weigh(q, k, m, real).to(v.dtype), v)

@@ -22,11 +22,25 @@ HeadOffsets = Literal["interleaved", "grouped"]
 
 
 class Pattern:
-    """A rule for which keys each query of each head sees."""
+    """A rule for which keys each query of each head sees. A plug-in must write `multiplicity` alone."""
+
+    head_dependent: bool = True
+    """Whether heads may see different keys."""
 
     def multiplicity(self, seq_len: int, heads: int, causal: bool) -> Tensor:
         """How often each head's query sees each key: (H, N, N) int32, queries in the second dimension."""
         raise NotImplementedError
+
+    def rows(self, queries: Tensor, seq_len: int, heads: int, causal: bool) -> Tensor:
+        """The rows of `multiplicity` of chosen queries; by default selected from all of it.
+
+        Args:
+            queries: (Q,) int, positions in the sequence.
+
+        Returns:
+            (H, Q, N) int32.
+        """
+        return self.multiplicity(seq_len, heads, causal)[:, queries]
 
     def pairs(self, seq_len: int, heads: int, causal: bool) -> int:
         """The sum of `multiplicity`, without making it: how many scores are computed for one sequence."""
@@ -41,20 +55,32 @@ def build(config: Mapping[str, Any]) -> Pattern:
     return registry.build(config)
 
 
-@registry.register("dense")
-class Dense(Pattern):
-    """Every query sees every key."""
+class RowPattern(Pattern):
+    """A pattern that writes `rows`, so that a few of them never take the memory of all."""
 
     def multiplicity(self, seq_len: int, heads: int, causal: bool) -> Tensor:
-        seen = torch.ones(heads, seq_len, seq_len, dtype=torch.int32)
-        return seen.tril() if causal else seen
+        return self.rows(torch.arange(seq_len), seq_len, heads, causal)
+
+    def rows(self, queries: Tensor, seq_len: int, heads: int, causal: bool) -> Tensor:
+        raise NotImplementedError
+
+
+@registry.register("dense")
+class Dense(RowPattern):
+    """Every query sees every key."""
+
+    head_dependent = False
+
+    def rows(self, queries: Tensor, seq_len: int, heads: int, causal: bool) -> Tensor:
+        seen = torch.ones(len(queries), seq_len, dtype=torch.int32)
+        return _up_to(queries, seen, causal).expand(heads, -1, -1)
 
     def pairs(self, seq_len: int, heads: int, causal: bool) -> int:
         return heads * square(seq_len, causal)
 
 
 @registry.register("dilated")
-class Dilated(Pattern):
+class Dilated(RowPattern):
     """LongNet (arXiv 2307.02486, section 2.2): branches of segments, each of which keeps every r-th position.
 
     In branch (w, r), head h keeps position p iff (p mod w) mod r == offset(h, r). A kept query sees the kept keys of
@@ -105,18 +131,22 @@ class Dilated(Pattern):
         offsets = torch.tensor([self.offset(h, r, heads) for h in range(heads)])
         return torch.arange(seq_len) % w % r == offsets[:, None]
 
-    def multiplicity(self, seq_len: int, heads: int, causal: bool) -> Tensor:
-        m = torch.zeros(heads, seq_len, seq_len, dtype=torch.int32)
+    def rows(self, queries: Tensor, seq_len: int, heads: int, causal: bool) -> Tensor:
+        m = torch.zeros(heads, len(queries), seq_len, dtype=torch.int32)
         for branch in self.branches:
-            m += self.branch_multiplicity(branch, seq_len, heads, causal)
+            m += self.branch_rows(branch, queries, seq_len, heads, causal)
         return m
 
     def branch_multiplicity(self, branch: tuple[int, int], seq_len: int, heads: int, causal: bool) -> Tensor:
         """What one branch (w, r) alone shows: (H, N, N) int32 of 0 and 1."""
+        return self.branch_rows(branch, torch.arange(seq_len), seq_len, heads, causal)
+
+    def branch_rows(self, branch: tuple[int, int], queries: Tensor, seq_len: int, heads: int, causal: bool) -> Tensor:
+        """What one branch (w, r) alone shows chosen queries, (Q,) int: (H, Q, N) int32 of 0 and 1."""
         kept = self.keeps(branch, seq_len, heads)  # (H, N)
         segment = torch.arange(seq_len) // branch[0]
-        m = (kept[:, :, None] & kept[:, None, :] & (segment[:, None] == segment)).to(torch.int32)
-        return m.tril() if causal else m
+        m = kept[:, queries, None] & kept[:, None, :] & (segment[queries, None] == segment)
+        return _up_to(queries, m.to(torch.int32), causal)
 
     def pairs(self, seq_len: int, heads: int, causal: bool) -> int:
         return sum(
@@ -134,7 +164,7 @@ def head_offset(head: int, rate: int, heads: int, rule: HeadOffsets) -> int:
 
 
 @registry.register("block_sparse")
-class BlockSparse(Pattern):
+class BlockSparse(RowPattern):
     """Attention between blocks of tokens: a local window, or Sparse Transformer's fixed pattern (arXiv 1904.10509).
 
     Args:
@@ -148,6 +178,8 @@ class BlockSparse(Pattern):
     Raises:
         ValueError: a number below 1, more summary blocks than the window has, or an unknown layout.
     """
+
+    head_dependent = False
 
     def __init__(
         self,
@@ -169,21 +201,23 @@ class BlockSparse(Pattern):
         self.local_blocks = local_blocks
         self.summary_blocks = summary_blocks
 
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether blocks, given by index, see others, if not causal: bool. The two broadcast; all heads are equal."""
+        if self.layout == "local":
+            return (query - key).abs() < self.local_blocks
+        summary = key % self.local_blocks >= self.local_blocks - self.summary_blocks
+        return (query // self.local_blocks == key // self.local_blocks) | summary
+
     def blocks(self, seq_len: int, causal: bool) -> Tensor:
         """Which blocks each block sees: (ceil(N / block_size), the same) bool. Equal for all heads."""
         index = torch.arange(-(-seq_len // self.block_size))
-        query, key = index[:, None], index[None, :]
-        if self.layout == "local":
-            seen = (query - key).abs() < self.local_blocks
-        else:
-            summary = key % self.local_blocks >= self.local_blocks - self.summary_blocks
-            seen = (query // self.local_blocks == key // self.local_blocks) | summary
-        return seen & (key <= query) if causal else seen
+        seen = self.sees(index[:, None], index)
+        return seen.tril() if causal else seen
 
-    def multiplicity(self, seq_len: int, heads: int, causal: bool) -> Tensor:
+    def rows(self, queries: Tensor, seq_len: int, heads: int, causal: bool) -> Tensor:
         block = torch.arange(seq_len) // self.block_size
-        seen = self.blocks(seq_len, causal)[block[:, None], block[None, :]].to(torch.int32)
-        return (seen.tril() if causal else seen).expand(heads, seq_len, seq_len)
+        seen = self.sees(block[queries, None], block).to(torch.int32)
+        return _up_to(queries, seen, causal).expand(heads, -1, -1)
 
     def pairs(self, seq_len: int, heads: int, causal: bool) -> int:
         window = self.local_blocks
@@ -213,6 +247,13 @@ def _block_pairs(layout: str, size: int, window: int, summary: int, seq_len: int
     own = tokens(block, end)
     upper_triangles = own * (own - 1) // 2 if causal else 0
     return int((own * keys - upper_triangles).sum())
+
+
+def _up_to(queries: Tensor, seen: Tensor, causal: bool) -> Tensor:
+    """`seen`, (..., Q, N), without the keys after each query's own position if causal."""
+    if not causal:
+        return seen
+    return seen.masked_fill(torch.arange(seen.shape[-1]) > queries[:, None], 0)
 
 
 def square(length: int, causal: bool) -> int:

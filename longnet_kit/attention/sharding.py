@@ -88,6 +88,11 @@ def to_sequence(x: Tensor, shard: SequenceShard) -> Tensor:
     return _ToSequence.apply(x, shard)  # type: ignore[return-value]
 
 
+def whole_sequence(x: Tensor, shard: SequenceShard) -> Tensor:
+    """Join the shards of all ranks on every one of them, without gradients: (B, n, ...) to (B, N, ...)."""
+    return shard.all_gather(x.transpose(0, 1).contiguous())().transpose(0, 1).contiguous()
+
+
 class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: SequenceShard) -> Tensor:

@@ -1,21 +1,28 @@
-"""What watches a run: throughput, loss by position, the progress bar, the last values, the final validation."""
+"""What watches a run: throughput, consumption, figures, the progress bar, the last values, the final validation."""
 
 from __future__ import annotations
 
+from longnet_kit.callbacks.attention_figures import AttentionPattern, BranchWeights
+from longnet_kit.callbacks.board import Board
+from longnet_kit.callbacks.consumption import Consumption, draw_again
 from longnet_kit.callbacks.final_validation import FinalValidation
-from longnet_kit.callbacks.hyper_parameters import log_hyper_parameters
 from longnet_kit.callbacks.last_values import LastValues
-from longnet_kit.callbacks.loss_by_position import LossByPosition
 from longnet_kit.callbacks.progress import Bar, Lines, progress_bar
 from longnet_kit.callbacks.throughput import Throughput
+from longnet_kit.callbacks.validation_figures import LossByPosition, PerplexityByContext
 
 __all__ = [
+    "AttentionPattern",
     "Bar",
+    "Board",
+    "BranchWeights",
+    "Consumption",
     "FinalValidation",
     "LastValues",
     "Lines",
     "LossByPosition",
+    "PerplexityByContext",
     "Throughput",
-    "log_hyper_parameters",
+    "draw_again",
     "progress_bar",
 ]

@@ -10,10 +10,9 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from longnet_kit.parallel.agreement import agree
 from longnet_kit.parallel.fsdp import SequenceParallelFSDPStrategy
-from longnet_kit.parallel.group import disconnect_at_exit
 from longnet_kit.parallel.strategies import SequenceParallelStrategy
 
-__all__ = ["SequenceParallelFSDPStrategy", "SequenceParallelStrategy", "agree", "disconnect_at_exit"]
+__all__ = ["SequenceParallelFSDPStrategy", "SequenceParallelStrategy", "agree"]
 
 for _strategy in (SequenceParallelStrategy, SequenceParallelFSDPStrategy):
     if _strategy.strategy_name not in StrategyRegistry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -18,24 +19,21 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def disconnect_at_exit() -> None:
-    """Close the process groups when this process ends.
+def keep_groups_at_exit() -> None:
+    """See to it that no process group is closed while the interpreter ends.
 
-    A transfer's thread that still has to let go of a tensor would otherwise meet an interpreter that is gone, and abort
-    the process after its work is done.
+    A thread of gloo's holds the tensors of its last transfer until its group is closed, and needs the interpreter to
+    let go of them then. Where that is ending, the thread aborts the process, after all its work is done; where the
+    garbage collector closes the group, the two wait for each other. Groups that nobody closes do neither.
     """
-    stay_connected()
-    atexit.register(_disconnect)
+    atexit.unregister(_keep_groups)
+    atexit.register(_keep_groups)
 
 
-def stay_connected() -> None:
-    """Take it back: after a failure, closing would wait for transfers that cannot end."""
-    atexit.unregister(_disconnect)
-
-
-def _disconnect() -> None:
+def _keep_groups() -> None:
     if dist.is_initialized():
-        dist.destroy_process_group()
+        for group in dist.distributed_c10d._world.pg_map:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 class ProcessShard(SequenceShard):

@@ -79,6 +79,7 @@ class SequenceParallel(Strategy):
         self.join()
         if self._shard is None:
             self._connect(size)
+            group.keep_groups_at_exit()
 
     def _connect(self, size: int) -> None:
         """Make the mesh and this rank's group, in the same order on all ranks."""
@@ -94,7 +95,6 @@ class SequenceParallel(Strategy):
         device = self.root_device.type
         self._mesh = DeviceMesh.from_group(mine, device, places, mesh_dim_names=("data", "sequence"))
         self._shard = ProcessShard(places[dist.get_rank() // size].tolist(), mine[1], self._timeout)
-        group.disconnect_at_exit()
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -137,7 +137,6 @@ class SequenceParallel(Strategy):
     def on_exception(self, exception: BaseException) -> None:
         """Say which rank ends, and see to it that none of those that this job started stays behind."""
         super().on_exception(exception)
-        group.stay_connected()
         if isinstance(exception, Exception) and not isinstance(exception, ValueError):
             print(self._last_words(exception), file=sys.stderr, flush=True)
         for process in getattr(self.launcher, "procs", ()):

@@ -5,6 +5,7 @@ matplotlib is imported on first use.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +38,56 @@ def loss_by_position(losses: NDArray[np.floating], bins_per_octave: int = 2, pos
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     return figure
+
+
+def perplexity_by_context(perplexities: Mapping[int, float]) -> Figure:
+    """Draw perplexity against the length of the context, in tokens, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    lengths = sorted(perplexities)
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(lengths, [perplexities[n] for n in lengths], marker="o", markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.set_xlabel("context (tokens)")
+    axes.set_ylabel("perplexity")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def branch_weights(shares: NDArray[np.floating], branches: Sequence[tuple[int, int]]) -> Figure:
+    """Draw the share of each branch in the mixture, a bar per layer.
+
+    Args:
+        shares: (layers, branches); a row sums to 1.
+        branches: (w, r) each.
+    """
+    from matplotlib.figure import Figure
+
+    layers = len(shares)
+    figure = Figure(figsize=(6.4, 1.4 + 0.34 * layers), layout="constrained")
+    axes = figure.add_subplot()
+    left = np.zeros(layers)
+    for (w, r), share, shade in zip(branches, shares.T, np.linspace(0.15, 0.85, len(branches)), strict=True):
+        bars = axes.barh(range(layers), share, left=left, label=f"w={w:,} r={r}", color=_viridis(shade), height=0.8)
+        dark = shade < 0.6
+        names = [f"{x:.0%}" if x >= 0.06 else "" for x in share]
+        axes.bar_label(bars, names, label_type="center", fontsize=8, color="white" if dark else "black")
+        left += share
+    axes.set_yticks(range(layers), [f"layer {i}" for i in range(layers)])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("mean share in the mixture")
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    figure.legend(loc="outside upper center", ncols=min(len(branches), 4), fontsize=8, frameon=False)
+    return figure
+
+
+def _viridis(shade: float) -> tuple[float, float, float, float]:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](shade)
 
 
 def log_bins(losses: NDArray[np.floating], per_octave: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

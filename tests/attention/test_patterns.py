@@ -62,6 +62,68 @@ def test_local_blocks_see_a_window_and_causality_is_by_token() -> None:
     assert pattern.multiplicity(9, 1, False)[0, 2].tolist() == [1, 1, 1, 1, 1, 1, 0, 0, 0]
 
 
+@st.composite
+def any_pattern(draw: st.DrawFn) -> patterns.Pattern:
+    """A built-in pattern, or one that writes only `multiplicity`."""
+    kind = draw(st.sampled_from(["dense", "dilated", "local", "fixed", "plug-in"]))
+    if kind == "dense":
+        return patterns.Dense()
+    if kind == "dilated":
+        return patterns.Dilated(**draw(dilated_options()))  # type: ignore[arg-type]
+    if kind == "plug-in":
+        return Backwards()
+    local = draw(st.integers(1, 5))
+    return patterns.BlockSparse(kind, draw(st.integers(1, 9)), local, draw(st.integers(1, local)))  # type: ignore[arg-type]
+
+
+class Backwards(patterns.Pattern):
+    """Head h sees every key h + 1 times; written as a plug-in would."""
+
+    def multiplicity(self, seq_len: int, heads: int, causal: bool) -> torch.Tensor:
+        m = torch.arange(1, heads + 1, dtype=torch.int32)[:, None, None].expand(heads, seq_len, seq_len)
+        return m.tril() if causal else m
+
+
+@given(
+    pattern=any_pattern(),
+    seq_len=st.integers(1, 60),
+    heads=st.integers(1, 7),
+    causal=st.booleans(),
+    chosen=st.lists(st.integers(0, 59), max_size=9),
+)
+def test_rows_are_those_of_the_matrix(
+    pattern: patterns.Pattern, seq_len: int, heads: int, causal: bool, chosen: list[int]
+) -> None:
+    queries = torch.tensor([p % seq_len for p in chosen], dtype=torch.int64)
+    found = pattern.rows(queries, seq_len, heads, causal)
+    assert found.dtype == torch.int32
+    assert torch.equal(found, pattern.multiplicity(seq_len, heads, causal)[:, queries])
+
+
+@given(options=dilated_options(), seq_len=st.integers(1, 60), heads=st.integers(1, 7), causal=st.booleans())
+def test_a_dilated_pattern_is_what_its_definition_says(options: dict, seq_len: int, heads: int, causal: bool) -> None:
+    pattern = patterns.Dilated(**options)
+    expected = torch.zeros(len(pattern.branches), heads, seq_len, seq_len, dtype=torch.int32)
+    for i, (w, r) in enumerate(pattern.branches):
+        for h in range(heads):
+            o = h % r if pattern.head_offsets == "interleaved" else h // -(-heads // r)
+            kept = [p for p in range(seq_len) if p % w % r == o]
+            for p in kept:
+                seen = [other for other in kept if other // w == p // w and (other <= p or not causal)]
+                expected[i, h, p, seen] = 1
+        assert torch.equal(pattern.branch_multiplicity((w, r), seq_len, heads, causal), expected[i])
+        last = torch.tensor([seq_len - 1])
+        assert torch.equal(pattern.branch_rows((w, r), last, seq_len, heads, causal), expected[i][:, -1:])
+    assert torch.equal(pattern.multiplicity(seq_len, heads, causal), expected.sum(0))
+
+
+def test_rows_of_a_long_sequence_need_no_square() -> None:
+    """A million tokens: the matrix would have 10^12 entries."""
+    queries = torch.tensor([0, 2**20 - 1])
+    for pattern in (patterns.Dense(), patterns.Dilated([2048, 2**20], [1, 512]), patterns.BlockSparse("fixed", 64)):
+        assert pattern.rows(queries, 2**20, 2, causal=True).shape == (2, 2, 2**20)
+
+
 @given(options=dilated_options(), seq_len=st.integers(1, 60), heads=st.integers(1, 7), causal=st.booleans())
 def test_pairs_count_what_a_dilated_pattern_shows(options: dict, seq_len: int, heads: int, causal: bool) -> None:
     pattern = patterns.Dilated(**options)

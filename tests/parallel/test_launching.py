@@ -129,16 +129,18 @@ def test_an_error_of_the_first_rank_ends_all_and_is_told_once(folder: Path) -> N
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "sequence_parallel"])
-def test_a_process_that_ends_has_closed_its_connections(strategy: str, folder: Path) -> None:
-    """Otherwise a thread of a transfer's, late, may abort it after all is done (seen in 1 of 30 under load)."""
+def test_process_groups_outlive_the_interpreter(strategy: str, folder: Path) -> None:
+    """Closing them while it ends aborted 3 of 100 finished processes; by the garbage collector, it hung 40 of 50."""
     script = folder / "script.py"
     script.write_text(
-        "import atexit, torch.distributed as dist\n"
+        "import atexit, sys, torch.distributed as dist\n"
         "from longnet_kit import experiment, recipe\n"
-        "atexit.register(lambda: print('connected', dist.is_initialized(), flush=True))\n"
+        "def references(): return {id(g): sys.getrefcount(g) for g in dist.distributed_c10d._world.pg_map}\n"
+        "def at_the_end(): print('kept', all(references()[g] > n for g, n in before.items()), flush=True)\n"
+        "atexit.register(at_the_end)\n"
         f"experiment.run(recipe.load('tiny.yaml', ['strategy.name={strategy}', 'data.batch_size=2']))\n"
-        "print('was connected', dist.is_initialized(), flush=True)\n"
+        "before = references()\n"
+        "assert before\n"
     )
     out = together([[sys.executable, "script.py"]], folder, [desk.environment()])[0]
-    assert out.count("was connected True") == 2
-    assert out.count("connected False") == 2
+    assert out.count("kept True") == 2

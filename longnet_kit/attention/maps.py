@@ -1,0 +1,143 @@
+"""Attention weights written out: a softmax over chosen queries' rows of a pattern, and what it says of each branch.
+
+The rows come in chunks, so that no more is held than was asked for. `longnet_kit.attention.backend` states what callers
+may rely on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from longnet_kit.attention.patterns import Dilated, Pattern
+
+MAX_SCORES = 2**24
+"""How many scores of chosen queries are held at a time."""
+
+
+def weigh(q: Tensor, k: Tensor, m: Tensor, real: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + log m): the weight of each key for each query, at least float32.
+
+    Args:
+        q: (B, Q, H, D).
+        k: (B, N, H, D).
+        m: (H, Q, N) int, how often each key is seen.
+        real: (B, Q, N) bool, False where the query or the key is padded; None: nowhere.
+
+    Returns:
+        (B, H, Q, N); 0 where nothing is seen.
+    """
+    seen = m > 0  # (H, Q, N), and (B, H, Q, N) with padding
+    if real is not None:
+        seen = seen & real[:, None]
+    scores = _scores(q, k)
+    scores = scores + m.to(scores.dtype).clamp(min=1).log()
+    blind = ~seen.any(-1, keepdim=True)
+    return scores.masked_fill(~seen & ~blind, float("-inf")).softmax(-1).masked_fill(blind, 0)
+
+
+def attention_map(
+    pattern: Pattern,
+    q: Tensor,
+    k: Tensor,
+    queries: Tensor,
+    causal: bool,
+    key_padding_mask: Tensor | None,
+    first_head: int,
+    total_heads: int,
+) -> Tensor:
+    """The weights of chosen queries: q, k (B, N, H, D) and queries (Q,) to (B, H, Q, N)."""
+    q, k = _widened(q, k, key_padding_mask)
+    batch, seq_len, heads, _ = q.shape
+    weights = q.new_empty(batch, heads, len(queries), seq_len)
+    for chunk in _chunks(q, total_heads, len(queries)):
+        chosen = queries[chunk]
+        m = pattern.rows(chosen.cpu(), seq_len, total_heads, causal)[first_head : first_head + heads].to(q.device)
+        weights[:, :, chunk] = weigh(q[:, chosen], k, m, _both_real(key_padding_mask, chosen))
+    return weights
+
+
+def branch_lse(
+    pattern: Dilated,
+    q: Tensor,
+    k: Tensor,
+    queries: Tensor,
+    causal: bool,
+    key_padding_mask: Tensor | None,
+    first_head: int,
+    total_heads: int,
+) -> Tensor:
+    """The log of each branch's softmax denominators, -inf where it keeps nothing: (branches, B, Q, H)."""
+    q, k = _widened(q, k, key_padding_mask)
+    batch, seq_len, heads, _ = q.shape
+    lse = q.new_empty(len(pattern.branches), batch, len(queries), heads)
+    for chunk in _chunks(q, total_heads, len(queries)):
+        chosen = queries[chunk]
+        scores, real = _scores(q[:, chosen], k), _both_real(key_padding_mask, chosen)
+        for branch, found in zip(pattern.branches, lse, strict=True):
+            rows = pattern.branch_rows(branch, chosen.cpu(), seq_len, total_heads, causal)
+            seen = rows[first_head : first_head + heads].bool().to(q.device)
+            seen = seen if real is None else seen & real[:, None]
+            found[:, chunk] = scores.masked_fill(~seen, float("-inf")).logsumexp(-1).transpose(1, 2)
+    return lse
+
+
+def shares(lse: Tensor) -> Tensor:
+    """The weight of each branch in the mixture, e^lse_i / sum_j e^lse_j (LongNet eq. 10).
+
+    Args:
+        lse: (branches, ...), -inf where a branch keeps nothing.
+
+    Returns:
+        The shape of lse; 0 where a branch keeps nothing.
+    """
+    return torch.where(lse == -torch.inf, 0, (lse - lse.logsumexp(0)).exp())
+
+
+def as_positions(queries: Tensor | Sequence[int] | None, seq_len: int, device: torch.device) -> Tensor:
+    """Chosen positions of a sequence, (Q,) int64, all of them for None; ValueError unless they are some."""
+    if queries is None:
+        return torch.arange(seq_len, device=device)
+    given = torch.as_tensor(queries)
+    if given.dim() != 1:
+        raise ValueError(f"queries has shape {tuple(given.shape)}; expected one dimension, positions in the sequence")
+    if len(given) and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
+        raise ValueError(f"queries is {given.dtype}; expected whole numbers, positions in the sequence")
+    given = given.to(device, torch.int64)
+    outside = given[(given < 0) | (given >= seq_len)]
+    if len(outside):
+        raise ValueError(f"queries holds {outside[0].item()}; the positions of this sequence are 0 to {seq_len - 1}")
+    return given
+
+
+def _widened(q: Tensor, k: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q and k, at least float32, 0 where padded: NaN there must not reach a product."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    q, k = q.to(exact), k.to(exact)
+    if key_padding_mask is None:
+        return q, k
+    padded = ~key_padding_mask[:, :, None, None]
+    return q.masked_fill(padded, 0), k.masked_fill(padded, 0)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T / sqrt(D): (B, Q, H, D) and (B, N, H, D) to (B, H, Q, N), at least float32."""
+    products = torch.einsum("bphd,bkhd->bhpk", q, k)
+    # Under autocast the products are low-precision; the softmax never is.
+    return products.to(torch.promote_types(products.dtype, torch.float32)) / q.shape[-1] ** 0.5
+
+
+def _both_real(key_padding_mask: Tensor | None, queries: Tensor) -> Tensor | None:
+    """Where neither the query nor the key is padded: (B, Q, N)."""
+    if key_padding_mask is None:
+        return None
+    return key_padding_mask[:, queries, None] & key_padding_mask[:, None, :]
+
+
+def _chunks(q: Tensor, total_heads: int, queries: int) -> Iterator[slice]:
+    """Slices of the chosen queries with about `MAX_SCORES` scores each."""
+    batch, seq_len, heads, _ = q.shape
+    step = max(1, MAX_SCORES // (max(batch * heads, total_heads) * seq_len))
+    return (slice(start, start + step) for start in range(0, queries, step))

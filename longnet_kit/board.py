@@ -1,0 +1,56 @@
+"""TensorBoard on a folder of runs, started from here and stopped with it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+from longnet_kit import runs
+
+
+def serve(directory: Path, host: str = "localhost", port: int | None = None) -> None:
+    """Start TensorBoard, print its address, and stay until interrupted.
+
+    Args:
+        directory: a folder with run directories in it, at any depth.
+        host: the address to listen on.
+        port: None for the first free one from 6006, 0 for any free one.
+
+    Raises:
+        ValueError: there is no such directory, or the port cannot be had.
+    """
+    address, found = start(directory, host, port)
+    print(
+        f"TensorBoard on {directory}, {found} run{'' if found == 1 else 's'}: {address}  (Ctrl-C ends it)", flush=True
+    )
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print()
+
+
+def start(directory: Path, host: str = "localhost", port: int | None = None) -> tuple[str, int]:
+    """Start TensorBoard in threads of this process.
+
+    Returns:
+        Its address, and how many runs there are.
+
+    Raises:
+        ValueError: as `serve`.
+    """
+    from tensorboard import program
+
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory; train a run first, or give a folder of run directories")
+    if port is not None and not 0 <= port < 2**16:
+        raise ValueError(f"--port: {port} is no port; give a number from 0 to 65535")
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    server = program.TensorBoard()
+    wanted = [] if port is None else [f"--port={port}"]
+    server.configure(argv=["tensorboard", f"--logdir={directory}", f"--host={host}", *wanted])
+    try:
+        address = server.launch()
+    except program.TensorBoardServerException as error:
+        raise ValueError(f"TensorBoard does not start on {host}, port {port}: {error.msg}") from error
+    return address, sum(1 for _ in directory.rglob(runs.RECIPE))

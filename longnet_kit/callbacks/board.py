@@ -1,0 +1,148 @@
+"""The TensorBoard logger of a run: scalars, hyper-parameters, the recipe, the environment, and how the run ended."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import torch
+from lightning import Trainer
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from longnet_kit import __version__
+from longnet_kit.report import figures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "quality": {
+        "loss": ["Multiline", ["train/loss", "val/loss"]],
+        "perplexity": ["Multiline", ["val/perplexity.*"]],
+        "bits per byte": ["Multiline", ["val/bits_per_byte"]],
+    },
+    "quality by tokens": {
+        "loss by tokens seen": ["Multiline", ["by_tokens/.*loss"]],
+        "perplexity by tokens seen": ["Multiline", ["by_tokens/val/perplexity"]],
+    },
+    "speed": {
+        "tokens per second": ["Multiline", ["train/tokens_per_second"]],
+        "model FLOPs utilisation": ["Multiline", ["train/mfu"]],
+        "peak memory (bytes)": ["Multiline", ["train/peak_memory"]],
+    },
+    "optimization": {
+        "gradient norm": ["Multiline", ["train/grad_norm"]],
+        "learning rate": ["Multiline", ["train/lr"]],
+    },
+}
+"""The CUSTOM SCALARS tab: chart titles by category, each with the tags that it draws, as regular expressions."""
+
+
+class Board(TensorBoardLogger):
+    """Writes TensorBoard's events into a run directory.
+
+    The HPARAMS tab is left to find its columns by itself. An experiment summary would name them, but TensorBoard takes
+    the one of the first run that it meets, and hides what only other runs have: the keys of another attention backend.
+    Without one, every hyper-parameter of every run is there, and those that differ are told from the rest.
+
+    Args:
+        directory: the run directory.
+        purge_step: the first step that TensorBoard is to forget, of what was written there before; None for none.
+    """
+
+    def __init__(self, directory: Path, purge_step: int | None = None) -> None:
+        purge = {} if purge_step is None else {"purge_step": purge_step}
+        place = {"name": directory.parent.name, "version": directory.name}
+        super().__init__(directory.parent.parent, **place, default_hp_metric=False, **purge)  # type: ignore[arg-type]
+        self._is_described = False
+
+    @rank_zero_only
+    def describe(self, hyper_parameters: Mapping[str, Any], recipe: str) -> None:
+        """Start the session in the HPARAMS tab, write the texts `recipe` and `environment`, lay out CUSTOM SCALARS.
+
+        Args:
+            hyper_parameters: nested; they show up under dotted names, lists as text.
+            recipe: as YAML.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        writer = self.experiment
+        _, session_start, _ = hparams(flatten(hyper_parameters), {})
+        writer.file_writer.add_summary(session_start)
+        writer.add_text("recipe", f"```yaml\n{recipe.rstrip()}\n```", global_step=0)
+        writer.add_text("environment", environment(), global_step=0)
+        writer.add_custom_scalars(LAYOUT)
+        writer.flush()
+        self._is_described = True
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """End the session in the HPARAMS tab, which shows it as running until then."""
+        from tensorboard.compat.proto import summary_pb2
+        from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+        if self._is_described:
+            ended: Any = plugin_data_pb2.HParamsPluginData()  # type: ignore[attr-defined]
+            ended.session_end_info.status = api_pb2.Status.Value(  # type: ignore[attr-defined]
+                "STATUS_SUCCESS" if status == "success" else "STATUS_FAILURE"
+            )
+            ended.session_end_info.end_time_secs = time.time()
+            summary: Any = summary_pb2.Summary()  # type: ignore[attr-defined]
+            summary.value.add(tag=metadata.SESSION_END_INFO_TAG, metadata=metadata.create_summary_metadata(ended))
+            self.experiment.file_writer.add_summary(summary)
+            self._is_described = False
+        super().finalize(status)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Flush what was logged; a file of hyper-parameters, Lightning's habit, would repeat the run's recipe."""
+        self.experiment.flush()
+
+
+def boards(trainer: Trainer) -> list[Board]:
+    """The TensorBoard loggers to draw into: none on ranks other than the first."""
+    return [x for x in trainer.loggers if isinstance(x, Board)] if trainer.is_global_zero else []
+
+
+def draw(trainer: Trainer, tag: str, figure: Figure) -> None:
+    """Put a figure into TensorBoard, at the optimizer step where the run is."""
+    image = figures.pixels(figure)
+    for board in boards(trainer):
+        board.experiment.add_image(tag, image, trainer.global_step, dataformats="HWC")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested mappings as one, under dotted names; whatever is no number, truth value or text becomes text."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}."))
+        elif isinstance(value, (bool, int, float, str)):
+            flat[name] = value
+        elif isinstance(value, Sequence):
+            flat[name] = ", ".join(map(str, value))
+        else:
+            flat[name] = str(value)
+    return flat
+
+
+def environment() -> str:
+    """What the run ran on, as a Markdown table."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    rows = {
+        "longnet_kit": __version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "CUDA": torch.version.cuda or "none",
+        "device": device,
+        "CPU threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -1,0 +1,122 @@
+"""What a run has used so far: tokens, seconds, memory; and its curves against tokens."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from longnet_kit.callbacks.board import Board, boards
+from longnet_kit.tasks.scalars import due, record
+
+BY_TOKENS = ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte")
+"""Scalars that are also drawn against the tokens seen, under `by_tokens/`."""
+
+_STATUS = Path("/proc/self/status")
+
+
+class Consumption(Callback):
+    """Writes `train/tokens`, `train/seconds` and `train/peak_memory` whenever training scalars are due.
+
+    Tokens are those trained on by all ranks; seconds are the run's, validations included; a resumed run goes on with
+    both. Memory is the most that a rank had at once since this process began to train, in bytes: allocated by torch on
+    CUDA, resident in the process on a CPU; it is left out where the system does not say.
+
+    In TensorBoard, `by_tokens/<tag>` shows the scalars of `BY_TOKENS` with tokens in place of steps, so that runs of
+    different batches overlay.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._seconds = 0.0
+        self._began: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self._tokens, "seconds": self._run_time()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
+        _forget_peak(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._tokens += batch["tokens"].numel() * trainer.world_size
+        if trainer.fit_loop._should_accumulate() or not due(trainer, trainer.global_step):
+            return
+        scalars = {"train/tokens": float(self._tokens), "train/seconds": self._run_time()}
+        peak = peak_memory(pl_module.device)
+        if peak is not None:
+            ranks = torch.tensor(float(peak), device=pl_module.device, dtype=torch.float32)
+            scalars["train/peak_memory"] = float(trainer.strategy.reduce(ranks, reduce_op="max"))
+        record(pl_module, scalars, trainer.global_step)
+        self._draw(trainer, "train/")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking and self._began is not None:
+            self._draw(trainer, "val/")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seconds, self._began = self._run_time(), None
+
+    def _run_time(self) -> float:
+        return self._seconds + (0.0 if self._began is None else time.monotonic() - self._began)
+
+    def _draw(self, trainer: Trainer, stage: str) -> None:
+        values = {tag: trainer.callback_metrics[tag] for tag in BY_TOKENS if tag in trainer.callback_metrics}
+        for board in boards(trainer):
+            for tag, value in values.items():
+                if tag.startswith(stage):
+                    board.experiment.add_scalar(f"by_tokens/{tag}", float(value), self._tokens)
+
+
+def draw_again(board: Board, rows: Iterable[Mapping[str, str]]) -> None:
+    """Write the curves against tokens of a run that goes on: TensorBoard forgets them, since it counts them as steps.
+
+    Args:
+        rows: of metrics.csv, oldest first, up to where the run goes on.
+    """
+    rows = list(rows)
+    known = {0: 0.0} | {int(row["step"]): float(row["train/tokens"]) for row in rows if "train/tokens" in row}
+    if len(known) == 1:
+        return  # a run from before tokens were written
+    for row in rows:
+        tokens = round(float(np.interp(int(row["step"]), list(known), list(known.values()))))
+        for tag in BY_TOKENS:
+            if tag in row:
+                board.experiment.add_scalar(f"by_tokens/{tag}", float(row[tag]), tokens)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most memory that this process had at once, in bytes; see `Consumption`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():  # getrusage would count the memory of the process that started this one
+        found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Let the peak begin with training: what was read and tokenized before is not the model's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _STATUS.exists():
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # a container may forbid it; the peak is then the process's
+            return

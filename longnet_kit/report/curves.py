@@ -1,0 +1,219 @@
+"""Curves of several runs in one figure: a panel for each tag, against steps, tokens or seconds.
+
+matplotlib is imported on first use, and pyplot never. A long curve is drawn as the medians of its stretches, in a band
+that reaches to their extremes: noise would hide the other curves, and nothing that stands out is lost.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longnet_kit import typed
+from longnet_kit.report.history import History
+from longnet_kit.report.metrics_file import Series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".pdf", ".svg")
+AXES = {"steps": None, "tokens": "train/tokens", "seconds": "train/seconds"}
+"""What curves are drawn against, and the tag that says how much of it a step has seen."""
+_STRETCHES, _LONG = 200, 800
+_FEW, _LEGEND_ROWS = 10, 25
+_DOTTED = 50
+_ORDERS, _WILD = 30, 5
+
+
+class Points(NamedTuple):
+    """A curve, both (points,)."""
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+
+
+class Bands(NamedTuple):
+    """A long curve by stretches, each (stretches,)."""
+
+    x: NDArray[np.float64]
+    low: NDArray[np.float64]
+    middle: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+def check(plot: Path | None, against: str) -> None:
+    """Raise ValueError where the file or the axis of a plot is none, before anything is read."""
+    if against not in AXES:
+        raise ValueError(f"--against {against}: expected steps, tokens or seconds; {typed.suggestion(against, AXES)}")
+    if plot is None:
+        return
+    if plot.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--plot {plot}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    if not os.path.isdir(plot.parent) or os.path.isdir(plot):
+        reason = "it is a folder" if os.path.isdir(plot) else f"there is no folder {plot.parent}"
+        raise ValueError(f"--plot {plot}: cannot be written, {reason}; name a file in a folder that exists")
+
+
+def draw(
+    runs: Sequence[tuple[str, History]], legend: Sequence[str], tags: Sequence[str], against: str, plot: Path
+) -> dict[str, str]:
+    """Draw curves into a file.
+
+    Args:
+        runs: under their labels, best run first.
+        legend: what to call each in the figure.
+        tags: a panel each.
+
+    Returns:
+        Why runs were left out, by their labels.
+
+    Raises:
+        ValueError: there is nothing to draw, or the file cannot be written.
+    """
+    axis, left_out, drawn = AXES[against], {}, []
+    for (label, run), name in zip(runs, legend, strict=True):
+        seen = None if axis is None else run.metrics.series(axis)
+        if seen is not None and not np.isfinite(seen.values).any():
+            left_out[label] = f"not in the plot: no {axis}"
+        elif not any(np.isfinite(run.metrics.series(tag).values).any() for tag in tags):
+            left_out[label] = f"not in the plot: no number for {' or '.join(tags)}"
+        else:
+            drawn.append((name, {tag: place(run.metrics.series(tag), seen) for tag in tags}))
+    if not drawn:
+        advice = "choose another --metric" if axis is None else "draw against steps"
+        raise ValueError(f"--plot {plot}: no run has {' or '.join(tags)}{f' and {axis}' if axis else ''}; {advice}")
+    picture = figure(drawn, tags, against)
+    try:
+        picture.savefig(plot, dpi=150)
+    except OSError as error:
+        raise ValueError(f"--plot {plot}: cannot be written ({error.strerror}); name another file") from error
+    return left_out
+
+
+def place(series: Series, seen: Series | None) -> Points:
+    """Where the values of a tag stand on the horizontal axis, from left to right.
+
+    Args:
+        seen: what the steps of training rows had seen, tokens or seconds; between them it grows evenly, and after the
+            last at the pace that it had there. None for steps themselves.
+    """
+    order = np.argsort(series.steps, kind="stable")
+    steps, values = series.steps[order], series.values[order]
+    if seen is None:
+        return Points(steps, values)
+    known = np.isfinite(seen.values)
+    at, last = np.unique(seen.steps[known][::-1], return_index=True)
+    amounts = seen.values[known][::-1][last]
+    if at[0] > 0:
+        at, amounts = np.append(0.0, at), np.append(0.0, amounts)
+    x = np.interp(steps, at, amounts)
+    if len(at) > 1:
+        pace = (amounts[-1] - amounts[-2]) / (at[-1] - at[-2])
+        x += pace * np.maximum(steps - at[-1], 0)
+    return Points(x, values)
+
+
+def bands(points: Points) -> Bands:
+    """Sum up a long curve by neighbouring points, as many in each stretch (the last may have fewer)."""
+    length = -(-len(points.x) // _STRETCHES)
+    whole = len(points.x) // length * length
+    parts = [
+        (points.x[stretch].reshape(-1, size), points.y[stretch].reshape(-1, size))
+        for stretch, size in ((slice(whole), length), (slice(whole, None), len(points.x) - whole))
+        if size
+    ]
+    rows = [(x.mean(1), y.min(1), np.median(y, axis=1), y.max(1)) for x, y in parts]
+    return Bands(*(np.concatenate(column) for column in zip(*rows, strict=True)))
+
+
+def figure(drawn: Sequence[tuple[str, Mapping[str, Points]]], tags: Sequence[str], against: str) -> Figure:
+    """The figure of runs, each with its name in the legend and its points by tag; best run first."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    names = [name for name, _ in drawn]
+    is_few = len(drawn) <= _FEW
+    palette = colormaps["tab10"](np.arange(_FEW)) if is_few else colormaps["viridis"](np.linspace(0, 0.93, len(drawn)))
+    across = len(tags) if len(tags) <= 3 else 2
+    stacks = math.ceil(len(drawn) / _LEGEND_ROWS)
+    down = math.ceil(len(tags) / across)
+    width = 5.0 * across + stacks * (0.55 + 0.075 * max(map(len, names)))
+    height = max(4.2 * down, 0.4 + 0.17 * min(len(drawn), _LEGEND_ROWS))
+    picture = Figure(figsize=(width, height), layout="constrained")
+    furthest = max(points.x.max(initial=0.0) for _, curves in drawn for points in curves.values())
+    scale, unit = _unit(against, furthest)
+    for i, tag in enumerate(tags):
+        axes = picture.add_subplot(down, across, i + 1, title=tag, xlabel=unit)
+        for (_, curves), colour in zip(drawn, palette, strict=False):
+            _curve(axes, Points(curves[tag].x / scale, curves[tag].y), colour, is_one_of_few=is_few)
+        _fit(axes, np.concatenate([curves[tag].y for _, curves in drawn]))
+        axes.grid(alpha=0.3)
+    words = _explanation([points for _, curves in drawn for points in curves.values()])
+    picture.supxlabel(words, fontsize="small", color="gray")
+    handles = [Line2D([], [], color=colour) for _, colour in zip(drawn, palette, strict=False)]
+    picture.legend(handles, names, loc="outside right upper", ncols=stacks, fontsize="small", frameon=False)
+    return picture
+
+
+def _explanation(curves: Sequence[Points]) -> str:
+    """What in the figure is not a plain curve."""
+    words = []
+    if any(np.isfinite(points.y).sum() > _LONG for points in curves):
+        words.append("lines: medians of neighbouring points; bands: their extremes")
+    if any(len(points.y) and not np.isfinite(points.y[-1]) for points in curves):
+        words.append("crosses: from here on nan or inf")
+    return "; ".join(words)
+
+
+def _curve(axes: Axes, points: Points, colour: Any, *, is_one_of_few: bool) -> None:
+    """One run in one panel; a cross where its numbers ended in NaN or infinity."""
+    is_number = np.isfinite(points.y)
+    shown = Points(points.x[is_number], points.y[is_number])
+    width = 1.5 if is_one_of_few else 1.0
+    if len(shown.x) > _LONG:
+        band = bands(shown)
+        axes.fill_between(band.x, band.low, band.high, color=colour, alpha=0.12 if is_one_of_few else 0.06, linewidth=0)
+        axes.plot(band.x, band.middle, color=colour, linewidth=width)
+    else:
+        marker = "o" if len(shown.x) <= _DOTTED else ""
+        axes.plot(shown.x, shown.y, color=colour, linewidth=width, marker=marker, markersize=3)
+    if len(shown.x) and not is_number[-1]:
+        axes.plot(shown.x[-1:], shown.y[-1:], color=colour, marker="x", markersize=8, markeredgewidth=2)
+
+
+def _fit(axes: Axes, values: NDArray[np.float64]) -> None:
+    """A logarithmic axis for what spans orders of magnitude, and a few wild points cut off, with a word on it."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return
+    low, high = np.percentile(values, [1, 99])
+    if low > 0 and high > _ORDERS * low:
+        axes.set_yscale("log")
+    elif np.ptp(values) > _WILD * (high - low) > 0:
+        margin = 0.1 * (high - low)
+        axes.set_ylim(low - margin, high + margin)
+        outside = np.count_nonzero((values < low - margin) | (values > high + margin))
+        axes.set_title(f"{outside} points out of view", loc="right", fontsize="small", color="gray")
+
+
+def _unit(against: str, furthest: float) -> tuple[float, str]:
+    """What one unit of the horizontal axis is worth, and what to call it."""
+    units = {
+        "steps": [(1.0, "optimizer steps")],
+        "tokens": [
+            (1e12, "tokens (trillions)"),
+            (1e9, "tokens (billions)"),
+            (1e6, "tokens (millions)"),
+            (1.0, "tokens"),
+        ],
+        "seconds": [(3600.0, "hours of training"), (60.0, "minutes of training"), (1.0, "seconds of training")],
+    }[against]
+    return next((unit for unit in units if furthest >= 2 * unit[0]), units[-1])
