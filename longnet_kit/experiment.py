@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 import shlex
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
