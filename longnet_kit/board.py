@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import threading
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from longnet_kit import runs
@@ -49,8 +51,12 @@ def start(directory: Path, host: str = "localhost", port: int | None = None) -> 
     server = program.TensorBoard()
     wanted = [] if port is None else [f"--port={port}"]
     server.configure(argv=["tensorboard", f"--logdir={directory}", f"--host={host}", *wanted])
+    said = io.StringIO()  # an advertisement, or, before an exit, what is wrong
     try:
-        address = server.launch()
-    except program.TensorBoardServerException as error:
-        raise ValueError(f"TensorBoard does not start on {host}, port {port}: {error.msg}") from error
+        with redirect_stderr(said):
+            address = server.launch()
+    except (program.TensorBoardServerException, SystemExit) as error:
+        why = getattr(error, "msg", "") or said.getvalue().strip().rpartition("\n")[2]
+        where = host if port is None else f"{host}, port {port}"
+        raise ValueError(f"TensorBoard does not start on {where}: {why}") from error
     return address, sum(1 for _ in directory.rglob(runs.RECIPE))

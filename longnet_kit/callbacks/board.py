@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,9 +27,9 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "perplexity": ["Multiline", ["val/perplexity.*"]],
         "bits per byte": ["Multiline", ["val/bits_per_byte"]],
     },
-    "quality by tokens": {
-        "loss by tokens seen": ["Multiline", ["by_tokens/.*loss"]],
-        "perplexity by tokens seen": ["Multiline", ["by_tokens/val/perplexity"]],
+    "quality against tokens": {
+        "loss against tokens": ["Multiline", ["vs_tokens/.*loss"]],
+        "perplexity against tokens": ["Multiline", ["vs_tokens/val/perplexity"]],
     },
     "speed": {
         "tokens per second": ["Multiline", ["train/tokens_per_second"]],
@@ -41,6 +42,10 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
     },
 }
 """The CUSTOM SCALARS tab: chart titles by category, each with the tags that it draws, as regular expressions."""
+
+
+_SESSION = ".session"
+"""Ending of the event files that hold a session of the HPARAMS tab."""
 
 
 class Board(TensorBoardLogger):
@@ -71,9 +76,11 @@ class Board(TensorBoardLogger):
         """
         from torch.utils.tensorboard.summary import hparams
 
-        writer = self.experiment
+        for earlier in Path(self.log_dir).glob(f"*{_SESSION}"):
+            earlier.unlink()
         _, session_start, _ = hparams(flatten(hyper_parameters), {})
-        writer.file_writer.add_summary(session_start)
+        self._write_session(session_start)
+        writer = self.experiment
         writer.add_text("recipe", f"```yaml\n{recipe.rstrip()}\n```", global_step=0)
         writer.add_text("environment", environment(), global_step=0)
         writer.add_custom_scalars(LAYOUT)
@@ -94,7 +101,7 @@ class Board(TensorBoardLogger):
             ended.session_end_info.end_time_secs = time.time()
             summary: Any = summary_pb2.Summary()  # type: ignore[attr-defined]
             summary.value.add(tag=metadata.SESSION_END_INFO_TAG, metadata=metadata.create_summary_metadata(ended))
-            self.experiment.file_writer.add_summary(summary)
+            self._write_session(summary)
             self._is_described = False
         super().finalize(status)
 
@@ -102,6 +109,14 @@ class Board(TensorBoardLogger):
     def save(self) -> None:
         """Flush what was logged; a file of hyper-parameters, Lightning's habit, would repeat the run's recipe."""
         self.experiment.flush()
+
+    def _write_session(self, summary: Any) -> None:
+        """Write into a file of its own, which a resumed run can replace: TensorBoard shows the first that it finds."""
+        from torch.utils.tensorboard import FileWriter
+
+        writer = FileWriter(self.log_dir, filename_suffix=_SESSION)
+        writer.add_summary(summary)
+        writer.close()
 
 
 def boards(trainer: Trainer) -> list[Board]:
@@ -134,7 +149,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int
 
 def environment() -> str:
     """What the run ran on, as a Markdown table."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     rows = {
         "longnet_kit": __version__,
         "Python": platform.python_version(),
@@ -146,3 +161,10 @@ def environment() -> str:
         "system": platform.platform(),
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _processor() -> str:
+    """The CPU's name, which Linux does not tell through `platform`."""
+    cpus = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", cpus.read_text(), re.MULTILINE) if cpus.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()

@@ -16,8 +16,8 @@ from lightning import Callback, LightningModule, Trainer
 from longnet_kit.callbacks.board import Board, boards
 from longnet_kit.tasks.scalars import due, record
 
-BY_TOKENS = ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte")
-"""Scalars that are also drawn against the tokens seen, under `by_tokens/`."""
+VS_TOKENS = ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte")
+"""Scalars that are also drawn against the tokens seen, under `vs_tokens/`."""
 
 _STATUS = Path("/proc/self/status")
 
@@ -29,7 +29,7 @@ class Consumption(Callback):
     both. Memory is the most that a rank had at once since this process began to train, in bytes: allocated by torch on
     CUDA, resident in the process on a CPU; it is left out where the system does not say.
 
-    In TensorBoard, `by_tokens/<tag>` shows the scalars of `BY_TOKENS` with tokens in place of steps, so that runs of
+    In TensorBoard, `vs_tokens/<tag>` shows the scalars of `VS_TOKENS` with tokens in place of steps, so that runs of
     different batches overlay.
     """
 
@@ -73,11 +73,11 @@ class Consumption(Callback):
         return self._seconds + (0.0 if self._began is None else time.monotonic() - self._began)
 
     def _draw(self, trainer: Trainer, stage: str) -> None:
-        values = {tag: trainer.callback_metrics[tag] for tag in BY_TOKENS if tag in trainer.callback_metrics}
+        values = {tag: trainer.callback_metrics[tag] for tag in VS_TOKENS if tag in trainer.callback_metrics}
         for board in boards(trainer):
             for tag, value in values.items():
                 if tag.startswith(stage):
-                    board.experiment.add_scalar(f"by_tokens/{tag}", float(value), self._tokens)
+                    board.experiment.add_scalar(f"vs_tokens/{tag}", float(value), self._tokens)
 
 
 def draw_again(board: Board, rows: Iterable[Mapping[str, str]]) -> None:
@@ -92,9 +92,9 @@ def draw_again(board: Board, rows: Iterable[Mapping[str, str]]) -> None:
         return  # a run from before tokens were written
     for row in rows:
         tokens = round(float(np.interp(int(row["step"]), list(known), list(known.values()))))
-        for tag in BY_TOKENS:
+        for tag in VS_TOKENS:
             if tag in row:
-                board.experiment.add_scalar(f"by_tokens/{tag}", float(row[tag]), tokens)
+                board.experiment.add_scalar(f"vs_tokens/{tag}", float(row[tag]), tokens)
 
 
 def peak_memory(device: torch.device) -> int | None:

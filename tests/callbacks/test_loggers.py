@@ -27,7 +27,7 @@ from longnet_kit.callbacks import (
     draw_again,
 )
 from longnet_kit.callbacks.board import LAYOUT, flatten
-from longnet_kit.callbacks.consumption import BY_TOKENS, peak_memory
+from longnet_kit.callbacks.consumption import VS_TOKENS, peak_memory
 from longnet_kit.report import figures
 from tests.tasks.tiny import BATCH, SEQ_LEN, Data, logged, task, trainer
 
@@ -62,14 +62,14 @@ def test_scalars_and_figures_are_at_their_steps(tmp_path: Path) -> None:
     scalars = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "train/mfu"}
     scalars |= {"train/tokens", "train/seconds", "train/peak_memory"}
     scalars |= {"val/loss", "val/perplexity", "val/bits_per_byte", "val/perplexity@4", "val/perplexity@8"}
-    assert set(found.Tags()["scalars"]) - {f"by_tokens/{tag}" for tag in BY_TOKENS} == scalars == set(table)
+    assert set(found.Tags()["scalars"]) - {f"vs_tokens/{tag}" for tag in VS_TOKENS} == scalars == set(table)
     assert scalars == set(last.values)
     for tag in scalars:
         read = {event.step: event.value for event in found.Scalars(tag)}
         assert read == pytest.approx(table[tag], rel=1e-6)
         assert last.values[tag] == pytest.approx(table[tag][4])
-    for tag in BY_TOKENS:
-        read = {event.step: event.value for event in found.Scalars(f"by_tokens/{tag}")}
+    for tag in VS_TOKENS:
+        read = {event.step: event.value for event in found.Scalars(f"vs_tokens/{tag}")}
         assert read == pytest.approx({step * BATCH * SEQ_LEN: x for step, x in table[tag].items()}, rel=1e-6)
     at_validations = ("val/loss_by_position", "val/perplexity_by_context", "val/branch_weights")
     for tag, steps in {"attention_pattern": [0], **{tag: [2, 4] for tag in at_validations}}.items():
@@ -182,8 +182,8 @@ def test_curves_against_tokens_are_written_again(tmp_path: Path) -> None:
     draw_again(logger, [{"step": "9", "train/loss": "1.0"}])  # of a run from before tokens were counted
     logger.finalize("success")
     found = events(tmp_path)
-    assert [(e.step, e.value) for e in found.Scalars("by_tokens/train/loss")] == [(100, 5), (300, 4)]
-    assert [(e.step, e.value) for e in found.Scalars("by_tokens/val/loss")] == [(200, 4.5)]
+    assert [(e.step, e.value) for e in found.Scalars("vs_tokens/train/loss")] == [(100, 5), (300, 4)]
+    assert [(e.step, e.value) for e in found.Scalars("vs_tokens/val/loss")] == [(200, 4.5)]
 
 
 def test_the_peak_of_memory_is_that_of_training(tmp_path: Path) -> None:
