@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from longnet_kit import recipe, runs
+from longnet_kit.dotted import leaves
 from longnet_kit.recipe import Recipe
 
 FREE_ON_RESUME = (
@@ -73,7 +73,7 @@ def _is_finished(directory: Path, r: Recipe) -> bool:
 
 def _check_same(r: Recipe, run_directory: Path) -> None:
     """Refuse to resume a run under a recipe that would make it another experiment."""
-    saved, now = (_flat(recipe.to_dict(x)) for x in (recipe.load_saved(run_directory), r))
+    saved, now = (dict(leaves(recipe.to_dict(x))) for x in (recipe.load_saved(run_directory), r))
     fewest = min(x["trainer.max_steps"] for x in (saved, now))
     for values in (saved, now):  # a warm-up that was clipped to the steps of either is the same warm-up
         values["optimizer.warmup_steps"] = min(values["optimizer.warmup_steps"], fewest)
@@ -89,11 +89,3 @@ def _check_same(r: Recipe, run_directory: Path) -> None:
             f"resume: {run_directory} was trained under another recipe ({'; '.join(changed)}); only {allowed} may "
             "change. Set them back, or start a new run with init_from"
         )
-
-
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keyed by dotted paths."""
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

@@ -64,6 +64,14 @@ def holder(directory: Path) -> str:
         os.close(descriptor)
 
 
+def is_held(directory: Path) -> bool | None:
+    """Whether somebody holds a run directory; None where that cannot be told from this machine."""
+    if holder(directory):
+        return True
+    left_behind = _words(directory / LOCK).endswith(f" on {socket.gethostname()}")
+    return False if left_behind else None
+
+
 def check_free(directory: Path) -> None:
     """Refuse a run directory that somebody holds.
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from longnet_kit import cli, experiment, recipe, shipped, testing
+from longnet_kit import board, cli, experiment, recipe, shipped, sweep, testing
 from longnet_kit.recipe import Recipe
+from longnet_kit.report import compare, pattern
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -36,6 +37,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(experiment, "run", record(Path()))
     monkeypatch.setattr(experiment, "evaluate", record({}))
     monkeypatch.setattr(testing, "main_check", record(1))
+    monkeypatch.setattr(pattern, "draw", record("a picture"))
+    monkeypatch.setattr(compare, "compare", record("a table"))
+    monkeypatch.setattr(board, "serve", record(None))
+    monkeypatch.setattr(sweep, "sweep", record(1))
     return made
 
 
@@ -50,6 +55,39 @@ def test_fit_runs_the_recipe_with_its_overrides(calls: list[Any]) -> None:
 def test_validate_and_test_evaluate_a_run(verb: str, calls: list[Any]) -> None:
     assert cli.main([verb, "runs/quickstart", "trainer.limit_val_batches=1"]) == 0
     assert calls == [("runs/quickstart", ["trainer.limit_val_batches=1"], ("which", verb))]
+
+
+def test_pattern_takes_a_length_a_file_and_keys_in_any_order(
+    calls: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["pattern", "quickstart", "model.heads=2", "--output", "a.png", "length=9", "model.layers=1"]) == 0
+    assert calls == [(recipe.load("quickstart", ["model.heads=2", "model.layers=1"]), 9, Path("a.png"))]
+    assert capsys.readouterr().out == "a picture\n"
+    assert cli.main(["pattern", "quickstart"]) == 0
+    assert calls[1][1:] == (16, None)
+
+
+def test_sweep_passes_its_items_and_its_verdict(calls: list[Any]) -> None:
+    assert cli.main(["sweep", "quickstart", "model.layers=1,2", "seed=3"]) == 1
+    assert calls == [("quickstart", ["model.layers=1,2", "seed=3"])]
+
+
+def test_compare_takes_runs_and_options_in_any_order(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    line = "compare runs/a --metric val/loss --plot p.png runs/b --against tokens --metric train/loss --csv t.csv"
+    assert cli.main([*line.split(), "--sort", "train/lr", "--markdown", "runs/*"]) == 0
+    options = {"sort": "train/lr", "metrics": ["val/loss", "train/loss"], "plot": Path("p.png"), "against": "tokens",
+               "csv": Path("t.csv"), "markdown": True}  # fmt: skip
+    assert calls == [(["runs/a", "runs/b", "runs/*"], *options.items())]
+    assert capsys.readouterr().out == "a table\n"
+    assert cli.main(["compare"]) == 0
+    options = {"sort": None, "metrics": [], "plot": None, "against": "steps", "csv": None, "markdown": False}
+    assert calls[1] == ([], *options.items())
+
+
+def test_board_takes_a_directory_a_host_and_a_port(calls: list[Any]) -> None:
+    assert cli.main(["board"]) == 0
+    assert cli.main(["board", "elsewhere", "--port", "0", "--host", "0.0.0.0"]) == 0
+    assert calls == [(Path("runs"), "localhost", None), (Path("elsewhere"), "0.0.0.0", 0)]
 
 
 def test_check_backend_passes_options_and_its_verdict(
@@ -108,11 +146,17 @@ def test_list_shows_the_users_recipes_and_says_which_are_broken(
     ("argv", "expected"),
     [
         (["fitt", "quickstart"], "did you mean 'fit'?"),
-        (["frobnicate"], "known: check-backend, fit, list, plan, show, test, validate"),
+        (["frobnicate"], "known: board, check-backend, compare, fit, list, pattern, plan, show, sweep, test, validate"),
         (["fit"], "usage: longnet fit"),
         (["fit", "quickstart", "--model.layers=2"], "keys of the recipe are set without dashes: key.path=value"),
         (["list", "quickstart"], "unrecognized arguments: quickstart"),
         (["--verbose"], "VERB"),
+        (["pattern", "quickstart", "length=x"], "length=x: expected a whole number, of tokens"),
+        (["pattern", "quickstart", "length=0"], "length is 0"),
+        (["pattern", "quickstart", "--output", "a.bmp"], ".png, .pdf, .svg"),
+        (["compare", "--against", "days"], "invalid choice: 'days'"),
+        (["compare", "nowhere"], "nowhere"),
+        (["sweep", "quickstart", "name=a,b"], "name"),
         (["fit", "quikstart"], "did you mean 'quickstart'?"),
         (["validate", "runs/none_of_this_name"], "'runs/none_of_this_name'"),
         (["check-backend", "sdpaa"], "did you mean 'sdpa'?"),

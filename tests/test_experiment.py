@@ -70,6 +70,7 @@ def test_a_run_leaves_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -
     summary = json.loads((run / "summary.json").read_text())
     tags = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "train/mfu", "val/loss"}
     tags |= {"val/perplexity", "val/bits_per_byte", "val/perplexity@8", "val/perplexity@32"}
+    tags |= {"train/tokens", "train/seconds", "train/peak_memory"}
     assert set(summary) == tags | {"status"}
     assert summary["status"] == "finished"
     assert set(curve(run, "train/loss")) == {2, 4, 6}
@@ -79,10 +80,11 @@ def test_a_run_leaves_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -
     for tag in tags:
         assert [event.step for event in board.Scalars(tag)] == sorted(curve(run, tag))
         assert summary[tag] == pytest.approx(board.Scalars(tag)[-1].value, rel=1e-6)
-    assert board.Tags()["images"] == ["val/loss_by_position"]
+    figures = {"attention_pattern", "val/branch_weights", "val/loss_by_position", "val/perplexity_by_context"}
+    assert set(board.Tags()["images"]) == figures
     printed = capsys.readouterr().out
     assert "finished  runs/tiny/version_0: 6 steps" in printed
-    assert "test runs/tiny/version_0" in printed and "tensorboard" in printed
+    assert "test runs/tiny/version_0" in printed and "longnet board" in printed
 
 
 def test_validate_repeats_the_runs_own_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,6 +282,27 @@ def _broken_after_the_first_batch(r: recipe.Recipe) -> Any:
 
     datamodule.train_dataloader = batches  # type: ignore[method-assign]
     return datamodule
+
+
+def test_a_killed_run_that_starts_again_shows_no_point_of_the_first_time() -> None:
+    """Without a checkpoint it starts from scratch in its directory."""
+    first = experiment.run(load("trainer.max_steps=6", "checkpoint.every_n_steps=100"))
+    shutil.rmtree(first / "checkpoints")  # as if it had been killed before the end
+    (first / "summary.json").unlink()
+    again = experiment.run(load("trainer.max_steps=2", "checkpoint.every_n_steps=100", "resume=auto"))
+    assert again == first
+    board = EventAccumulator(str(again)).Reload()
+    for tag in ("train/loss", "val/loss", "vs_tokens/train/loss"):
+        assert len(board.Scalars(tag)) == 1, tag
+    assert set(curve(again, "train/loss")) == {2}
+
+
+def test_a_profile_lands_in_the_run_directory() -> None:
+    run = experiment.run(load("trainer.profiler=pytorch", "trainer.max_steps=12"))
+    traces = sorted(run.glob("*.pt.trace.json"))
+    assert {trace.name.split(".")[1] for trace in traces} >= {"training_step", "validation_step"}
+    names = {event.get("name", "") for event in json.loads(traces[0].read_text())["traceEvents"]}
+    assert any("longnet_kit::dilated" in name for name in names)
 
 
 def test_a_users_error_before_the_first_step_leaves_no_run() -> None:

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from longnet_kit import __version__
+from longnet_kit.dotted import leaves
 from longnet_kit.report import figures
 
 if TYPE_CHECKING:
@@ -131,20 +132,15 @@ def draw(trainer: Trainer, tag: str, figure: Figure) -> None:
         board.experiment.add_image(tag, image, trainer.global_step, dataformats="HWC")
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+def flatten(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     """Nested mappings as one, under dotted names; whatever is no number, truth value or text becomes text."""
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{name}."))
-        elif isinstance(value, (bool, int, float, str)):
-            flat[name] = value
-        elif isinstance(value, Sequence):
-            flat[name] = ", ".join(map(str, value))
-        else:
-            flat[name] = str(value)
-    return flat
+
+    def plain(value: Any) -> bool | int | float | str:
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return ", ".join(map(str, value))
+        return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+    return {name: plain(value) for name, value in leaves(values)}
 
 
 def environment() -> str:

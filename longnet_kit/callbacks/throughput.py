@@ -15,7 +15,7 @@ from longnet_kit.tasks.scalars import due, record
 
 BURST = 0.02
 """Seconds that the CPU's rate is measured for, again and again while a run goes on."""
-SHARE = 0.01
+SHARE = 0.005
 """Of a run's time, what all bursts together may take."""
 
 
@@ -36,8 +36,8 @@ class Throughput(Callback):
     `train/mfu` is 3 * model.flops per sequence, over what the devices could do: the vendor's figure on CUDA; on the CPU
     it is the share of the measured matrix-multiplication rate: a product in the training dtype, timed for 0.2 s when
     fit starts (so too where Lightning does not know the chip). Since the CPU may have been busy then, it is timed again
-    for 0.02 s at writes, in under 1% of the run, which does not count; the highest rate is taken. MFU is left out where
-    the attention backend cannot count its FLOPs.
+    for 0.02 s at writes, in under 0.5% of the run, which does not count; the highest rate is taken. MFU is left out
+    where the attention backend cannot count its FLOPs.
 
     Args:
         window: how many intervals between writes the rate is averaged over.

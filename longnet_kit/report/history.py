@@ -12,20 +12,22 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from longnet_kit import recipe_yaml, runs
+from longnet_kit import recipe_yaml, run_lock, runs
+from longnet_kit.dotted import leaves
 from longnet_kit.report.metrics_file import Metrics
 
 RUNNING, KILLED = "running", "killed"
 PATIENCE = 300.0
-"""A run without a summary counts as running while something in its directory is younger than this, in seconds; after
-that as killed. A run that writes more rarely is shown as killed until it writes again."""
+"""A run without a summary is running while it holds the lock on its directory, else killed. Where the lock does not
+tell, since it is another machine's or was never had, it counts as running while something in its directory is younger
+than this, in seconds."""
 
 
 @dataclass
@@ -34,7 +36,7 @@ class History:
 
     path: Path
     status: str
-    """finished, stopped or failed, as summary.json says; running or killed, by PATIENCE, where there is none."""
+    """finished, stopped or failed, as summary.json says; running or killed, see PATIENCE, where there is none."""
     idle: float | None
     """Seconds since something was written, where the run is running or killed."""
     recipe: dict[str, Any]
@@ -91,20 +93,12 @@ def read(path: Path, now: float | None = None) -> History:
         if summary:
             problems.append("summary.json: has no status")
         idle = max(0.0, (time.time() if now is None else now) - _last_written(path))
-        status = RUNNING if idle < PATIENCE else KILLED
+        held = run_lock.is_held(path)
+        status = RUNNING if held or (held is None and idle < PATIENCE) else KILLED
     metrics = _metrics(path, problems, "no metrics" if idle is None else "no metrics yet")
     scalars = {tag: number for tag, value in summary.items() if (number := _scalar(value)) is not None}
     done = [step for step in (metrics.last_step, _checkpoint_step(path)) if step is not None]
     return History(path, status, idle, recipe, scalars, metrics, max(done, default=None), problems)
-
-
-def leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings under their dotted keys."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def ago(seconds: float) -> str:

@@ -22,11 +22,6 @@ def draw(m: Tensor) -> list[str]:
     return ["".join(str(min(count, 9)) if count else "·" for count in row) for row in m.tolist()]
 
 
-def draw_branches(pattern: Dilated, seq_len: int, heads: int, causal: bool = True, head: int = 0) -> str:
-    """Each branch of a dilated pattern and their mixture, side by side under their names."""
-    return side_by_side(_panels(pattern, seq_len, heads, causal, head))
-
-
 def draw_heads(pattern: Pattern, seq_len: int, heads: int, causal: bool, most: int) -> str:
     """What every distinct head sees, heads that see the same together; `most` of them."""
     groups = pattern_panels.alike(pattern, seq_len, heads, causal)
@@ -35,10 +30,10 @@ def draw_heads(pattern: Pattern, seq_len: int, heads: int, causal: bool, most: i
         heading = pattern_panels.name(group, heads)
         if isinstance(pattern, Dilated):
             heading += f": residues {_residues(pattern, group, heads)}"
-            panels = _panels(pattern, seq_len, heads, causal, group[0])
-            width = max(seq_len, *(len(title) for title, _ in panels)) + len(_GAP)
+            drawn = panels(pattern, seq_len, heads, causal, group[0])
+            width = max(seq_len, *(len(title) for title, _ in drawn)) + len(_GAP)
             abreast = max(1, (_WIDTH + len(_GAP)) // width)
-            lines = [panels[i : i + abreast] for i in range(0, len(panels), abreast)]
+            lines = [drawn[i : i + abreast] for i in range(0, len(drawn), abreast)]
             picture = "\n\n".join(side_by_side(line) for line in lines)
         else:
             picture = "\n".join(draw(pattern.multiplicity(seq_len, heads, causal)[group[0]]))
@@ -58,7 +53,8 @@ def side_by_side(panels: Sequence[Panel]) -> str:
     )
 
 
-def _panels(pattern: Dilated, seq_len: int, heads: int, causal: bool, head: int) -> list[Panel]:
+def panels(pattern: Dilated, seq_len: int, heads: int, causal: bool, head: int) -> list[Panel]:
+    """What each branch of a dilated pattern shows to a head, and their mixture."""
     branches = [
         (f"({w}, {r})", draw(pattern.branch_multiplicity((w, r), seq_len, heads, causal)[head]))
         for w, r in pattern.branches

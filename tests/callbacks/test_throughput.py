@@ -133,7 +133,7 @@ def test_the_measured_rate_is_that_of_the_fastest_product(monkeypatch: pytest.Mo
 def test_a_machine_that_was_busy_at_the_start_is_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_batch: float
 ) -> None:
-    """In under a hundredth of the run, and that time counts no more than a validation's."""
+    """In under half a hundredth of the run, and that time counts no more than a validation's."""
     clock, bursts = Clock(monkeypatch), []
     rates = iter([4e6, 2e6] + 60 * [1e6])  # the clock's machine made 1e6 at the start
 
@@ -149,13 +149,13 @@ def test_a_machine_that_was_busy_at_the_start_is_measured_again(
     monkeypatch.setattr(throughput, "measured_flops", measured)
     ours = task(60)
     trainer(tmp_path, Throughput(), Steady(), max_steps=60, log_every_n_steps=1).fit(ours, datamodule=Data())
-    assert 0 < sum(bursts) <= 0.01 * 60 * per_batch + 0.01
+    assert 0 < sum(bursts) <= 0.005 * 60 * per_batch + 0.01
     found = logged(tmp_path)
     per_second = BATCH * SEQ_LEN / per_batch
     assert found["train/tokens_per_second"] == pytest.approx(dict.fromkeys(range(1, 61), per_second))
     flops = ours.model.flops(SEQ_LEN)
     assert flops is not None
-    first = next(step for step in range(1, 61) if step * per_batch >= 2)
+    first = next(step for step in range(1, 61) if step * per_batch >= 4)
     expected = {step: 3 * flops / SEQ_LEN * per_second / (1e6 if step < first else 4e6) for step in range(1, 61)}
     assert found["train/mfu"] == pytest.approx(expected)
 

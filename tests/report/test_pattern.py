@@ -102,7 +102,7 @@ def test_the_residues_of_a_group_are_named() -> None:
 
 
 def test_titles_wider_than_the_picture_keep_the_columns_apart() -> None:
-    lines = pattern_text.draw_branches(Dilated([4, 8], [1, 2]), 1, 2).split("\n")
+    lines = pattern_text.side_by_side(pattern_text.panels(Dilated([4, 8], [1, 2]), 1, 2, True, 0)).split("\n")
     assert lines == ["(4, 1)   (8, 2)   mixed", "1        1        2"]
 
 
@@ -111,7 +111,8 @@ def test_the_recipes_pattern_is_drawn_under_what_it_is() -> None:
     assert text.startswith(
         "dilated, 4 heads, causal, 16 tokens\n\nhead 0: residues 0 mod 1, 0 mod 2, 0 mod 4\n\n(4, 1)  "
     )
-    assert pattern_text.draw_branches(Dilated([4, 8, 16], [1, 2, 4]), 16, 4, True, head=3) in text
+    last = pattern_text.panels(Dilated([4, 8, 16], [1, 2, 4]), 16, 4, True, 3)
+    assert pattern_text.side_by_side(last) in text
     assert "shows more" not in text and "figure" not in text
     r = load(*SMALL)
     r.model.causal = False
