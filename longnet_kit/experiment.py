@@ -235,6 +235,7 @@ def _callbacks(r: Recipe) -> list[Callback]:
         callbacks.LossByPosition(),
         callbacks.PerplexityByContext(),
         callbacks.FinalValidation(),
+        *([callbacks.Profile()] if r.trainer.get("profiler") == "pytorch" else []),
         ModelCheckpoint(
             filename="step_{step:08d}",
             auto_insert_metric_name=False,
@@ -279,6 +280,8 @@ def _trainer(r: Recipe, **own: Any) -> Trainer:
         arguments["val_check_interval"] = min(arguments["val_check_interval"], batches)
     if isinstance(arguments.get("devices"), list) and not placement.on_accelerator(r):
         raise ValueError(f"trainer.devices: {recipe_schema.listed_on_cpu(arguments['devices'])}")
+    if arguments.get("profiler") == "pytorch":
+        del arguments["profiler"]  # a callback's work, see callbacks.Profile
     placement.check_world(r)
     strategy = placement.strategy(r)
     if isinstance(strategy, parallel.SequenceParallelFSDPStrategy) and arguments.get("precision") == "64-true":

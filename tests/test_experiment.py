@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import random
 import shutil
@@ -297,12 +298,17 @@ def test_a_killed_run_that_starts_again_shows_no_point_of_the_first_time() -> No
     assert set(curve(again, "train/loss")) == {2}
 
 
-def test_a_profile_lands_in_the_run_directory() -> None:
-    run = experiment.run(load("trainer.profiler=pytorch", "trainer.max_steps=12"))
-    traces = sorted(run.glob("*.pt.trace.json"))
-    assert {trace.name.split(".")[1] for trace in traces} >= {"training_step", "validation_step"}
-    names = {event.get("name", "") for event in json.loads(traces[0].read_text())["traceEvents"]}
-    assert any("longnet_kit::dilated" in name for name in names)
+@pytest.mark.parametrize(("max_steps", "traced"), [(6, 3), (4, 2), (2, 0)])
+def test_a_profile_of_some_steps_lands_in_the_run_directory(max_steps: int, traced: int) -> None:
+    run = experiment.run(load("trainer.profiler=pytorch", f"trainer.max_steps={max_steps}"))
+    traces = list(run.glob("*trace*"))
+    assert [trace.name for trace in traces] == ["trace.json.gz"] * bool(traced)
+    if traced:
+        events = json.loads(gzip.decompress(traces[0].read_bytes()))["traceEvents"]
+        names = [event.get("name", "") for event in events]
+        assert names.count("longnet_kit::dilated_backward") == 2 * traced  # two layers
+        assert sum(name.startswith("Optimizer.step") for name in names) == traced
+    assert set(curve(run, "train/loss")) == set(range(2, max_steps + 1, 2))
 
 
 def test_a_users_error_before_the_first_step_leaves_no_run() -> None:

@@ -7,6 +7,7 @@ from longnet_kit.callbacks.board import Board
 from longnet_kit.callbacks.consumption import Consumption, draw_again
 from longnet_kit.callbacks.final_validation import FinalValidation
 from longnet_kit.callbacks.last_values import LastValues
+from longnet_kit.callbacks.profile import Profile
 from longnet_kit.callbacks.progress import Bar, Lines, progress_bar
 from longnet_kit.callbacks.throughput import Throughput
 from longnet_kit.callbacks.validation_figures import LossByPosition, PerplexityByContext
@@ -22,6 +23,7 @@ __all__ = [
     "Lines",
     "LossByPosition",
     "PerplexityByContext",
+    "Profile",
     "Throughput",
     "draw_again",
     "progress_bar",
