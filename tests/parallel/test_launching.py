@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.parallel import desk, ranks
 
@@ -15,12 +16,18 @@ COMMAND = ["-m", "longnet_kit.cli", "fit", "tiny.yaml"]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """The summary of the run on one process."""
+def alone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the run was trained on one process."""
     folder = tmp_path_factory.mktemp("alone")
     desk.lay(folder)
     desk.longnet(folder, "fit", "tiny.yaml", "trainer.devices=1", "strategy.name=auto")
-    return desk.summary(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(alone_folder: Path) -> dict[str, float]:
+    """The summary of the run on one process."""
+    return desk.summary(alone_folder)
 
 
 @pytest.fixture
@@ -38,6 +45,12 @@ def assert_one_run(folder: Path, alone: dict[str, float], name: str = "tiny") ->
     assert {tag: found[tag] for tag in same} == pytest.approx({tag: alone[tag] for tag in same}, rel=1e-4)
 
 
+def figures(folder: Path) -> dict[str, list[bytes]]:
+    """The pictures of the run that do not depend on its speed, of each validation."""
+    events = EventAccumulator(str(folder / "runs/tiny/version_0"), size_guidance={"images": 0}).Reload()
+    return {tag: [x.encoded_image_string for x in events.Images(tag)] for tag in events.Tags()["images"]}
+
+
 def together(commands: list[list[str]], folder: Path, environments: list[dict[str, str]]) -> list[str]:
     """Run commands at once; their outputs."""
     return ranks.finish(
@@ -51,12 +64,16 @@ def together(commands: list[list[str]], folder: Path, environments: list[dict[st
 
 
 @pytest.mark.parametrize("strategy", ["sequence_parallel", "sequence_parallel_fsdp"])
-def test_the_command_starts_its_processes(strategy: str, folder: Path, alone: dict[str, float]) -> None:
+def test_the_command_starts_its_processes(
+    strategy: str, folder: Path, alone: dict[str, float], alone_folder: Path
+) -> None:
     name = f"strategy.name={strategy}"
     out = desk.longnet(folder, "fit", "tiny.yaml", name, "strategy.sequence_parallel_size=2")
     assert out.count("finished  runs/tiny/version_0: 6 steps") == 1
     assert out.count("tiny: 6 steps into") == 1
     assert_one_run(folder, alone)
+    assert {"attention_pattern", "val/branch_weights"} <= figures(folder).keys()
+    assert figures(folder) == figures(alone_folder)
     assert desk.longnet(folder, "validate", "runs/tiny").count("val/loss ") == 1
 
 
