@@ -138,6 +138,7 @@ def figure(drawn: Sequence[tuple[str, Mapping[str, Points]]], tags: Sequence[str
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     names = [name for name, _ in drawn]
     is_few = len(drawn) <= _FEW
@@ -152,6 +153,7 @@ def figure(drawn: Sequence[tuple[str, Mapping[str, Points]]], tags: Sequence[str
     scale, unit = _unit(against, furthest)
     for i, tag in enumerate(tags):
         axes = picture.add_subplot(down, across, i + 1, title=tag, xlabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=scale == 1 and against != "seconds"))
         for (_, curves), colour in zip(drawn, palette, strict=False):
             _curve(axes, Points(curves[tag].x / scale, curves[tag].y), colour, is_one_of_few=is_few)
         _fit(axes, np.concatenate([curves[tag].y for _, curves in drawn]))
