@@ -23,6 +23,7 @@ from lightning.pytorch.plugins import DoublePrecision
 
 from longnet_kit import (
     callbacks,
+    checkpoint_io,
     data,
     model,
     parallel,
@@ -181,6 +182,7 @@ def _claim(r: Recipe, held: ExitStack) -> resume.Place:
         if place.is_finished:
             return place
     (directory / runs.SUMMARY).unlink(missing_ok=True)
+    checkpoint_io.remove_staged(directory / runs.CHECKPOINTS)
     staged = directory / f".{runs.RECIPE}"
     recipe.save(r, staged)
     os.replace(staged, directory / runs.RECIPE)  # whoever finds a recipe finds a whole one
@@ -284,12 +286,18 @@ def _trainer(r: Recipe, **own: Any) -> Trainer:
         del arguments["profiler"]  # a callback's work, see callbacks.Profile
     placement.check_world(r)
     strategy = placement.strategy(r)
+    plugins: list[Any] = [checkpoint_io.StagedCheckpointIO()]
     if isinstance(strategy, parallel.SequenceParallelFSDPStrategy) and arguments.get("precision") == "64-true":
         del arguments["precision"]  # Lightning takes it for a model-parallel strategy as a plugin only
-        own["plugins"] = [DoublePrecision()]
+        plugins.append(DoublePrecision())
     with _lightning_errors():
         trainer = Trainer(
-            **arguments, strategy=strategy, use_distributed_sampler=False, enable_model_summary=False, **own
+            **arguments,
+            strategy=strategy,
+            plugins=plugins,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            **own,
         )
     if isinstance(trainer.strategy, SequenceParallel):
         try:

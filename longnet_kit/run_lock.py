@@ -53,9 +53,11 @@ def holder(directory: Path) -> str:
     """Who holds a run directory now, in words; empty where nobody does."""
     path = directory / LOCK
     try:
-        descriptor = os.open(path, os.O_RDWR)
-    except OSError:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
         return ""
+    except OSError:  # another user's, who may be there
+        return "another user"
     try:
         return "" if try_lock(descriptor) else _words(path)
     except OSError:  # no locks here
@@ -107,16 +109,20 @@ def _locked(path: Path) -> int:
     """A descriptor of the file, locked; BlockingIOError when another has it."""
     deadline = time.monotonic() + _PATIENCE
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            is_ours = try_lock(descriptor) and _is_at(descriptor, path)  # not a file that its holder has removed since
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # another user's: it can be locked all the same
+            descriptor = os.open(path, os.O_RDONLY)
+        try:
+            is_ours = try_lock(descriptor) and is_at(descriptor, path)  # not a file that its holder has removed since
         except OSError:
             os.close(descriptor)
             raise
         if is_ours:
             _open.add(descriptor)
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return descriptor
         os.close(descriptor)
         if time.monotonic() > deadline:
@@ -126,14 +132,15 @@ def _locked(path: Path) -> int:
 
 def _let_go(descriptor: int, path: Path) -> None:
     """Unlock the file, and remove it where it is still ours, so that nobody else holds it."""
-    if _is_at(descriptor, path):
+    if is_at(descriptor, path):
         with suppress(OSError):
             path.unlink()
     _open.discard(descriptor)
     os.close(descriptor)
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:

@@ -1,7 +1,8 @@
 """A grid of runs, one process after another: what `longnet sweep` does.
 
-Each cell is a run runs/<name>_sweep_<cell>, which `longnet fit ... resume=auto` trains; its log is
-runs/<name>_sweep/<cell>.log. The same command again goes on where a sweep was left, however it ended.
+Each cell is a run runs/<name>_sweep_<cell>, which `longnet fit` trains from a recipe of its own, as it was when the
+sweep started: runs/<name>_sweep/<cell>.yaml, beside its log. The same command again goes on where a sweep was left,
+however it ended.
 """
 
 from __future__ import annotations
@@ -32,8 +33,17 @@ class Run:
 
     cell: Cell
     recipe: Recipe
-    command: list[str]
     log: Path
+
+    @property
+    def frozen(self) -> Path:
+        """The file of its recipe, which a change to the sweep's recipe does not reach."""
+        return self.log.with_name(f"{self.cell.name}.yaml")
+
+    @property
+    def command(self) -> list[str]:
+        """What trains it."""
+        return [sys.executable, "-m", "longnet_kit.cli", "fit", str(self.frozen)]
 
     def place(self) -> resume.Place:
         """How far it is."""
@@ -48,7 +58,7 @@ def sweep(path: str, items: Sequence[str]) -> int:
         items: `key.path=value` for all cells, `key.path=value,value` for an axis.
 
     Returns:
-        The exit code: 0, or 1 when a run failed.
+        The exit code: 0 if all runs are finished, else 1.
 
     Raises:
         ValueError: the grid or a cell's recipe cannot be used; nothing was started then.
@@ -57,14 +67,17 @@ def sweep(path: str, items: Sequence[str]) -> int:
     cells = _runs(path, sweep_grid.parse(items))
     with Signals() as signals, sweep_view.view(len(cells)) as view:
         outcomes = _Sweep(cells, signals, view).train()
-    failed = [run.cell.label for run, outcome in zip(cells, outcomes, strict=True) if outcome == FAILED]
-    print(f"{outcomes.count(FINISHED)} of {len(cells)} runs finished", end="")
-    print(f", {len(failed)} failed: {'; '.join(failed)}" if failed else "", flush=True)
-    if directories := [place.directory for place in (run.place() for run in cells) if place.directory is not None]:
+    words = [f"{outcomes.count(FINISHED)} of {len(cells)} runs finished"]
+    for kind in (STOPPED, FAILED):
+        labels = [run.cell.label for run, outcome in zip(cells, outcomes, strict=True) if outcome == kind]
+        words += [f"{len(labels)} {kind}: {'; '.join(labels)}"] if labels else []
+    print(", ".join(words), flush=True)
+    versions = [found[-1] for run in cells if (found := runs.versions(run.recipe.name))]
+    if directories := [str(directory) for directory in versions if (directory / runs.RECIPE).is_file()]:
         from longnet_kit.report.compare import compare
 
-        print(f"\n{compare([str(directory) for directory in directories])}")
-    return 1 if failed else 0
+        print(f"\n{compare(directories)}")
+    return 0 if outcomes.count(FINISHED) == len(cells) else 1
 
 
 class _Sweep:
@@ -94,6 +107,7 @@ class _Sweep:
 
     def _train(self, run: Run) -> str:
         """Train one of them, unless it is finished."""
+        why = "not started"
         try:
             if run.place().is_finished:
                 return self._finished(run, "finished before")
@@ -104,16 +118,18 @@ class _Sweep:
                 step = None if place.ckpt is None else int(place.ckpt.stem.removeprefix("step_"))
                 self._say("started" if step is None else f"goes on from step {step}")
                 _clear_away(run)
+                recipe.save(run.recipe, run.frozen)
                 log.write(f"$ {' '.join(run.command[1:])}\n".encode())
                 log.flush()
                 tail, child = Tail(run.log), Child(run.command, log)
+            why = "it cannot be told how it ended"
             code, seconds = self._watch(run, child, tail)
-            if code == 0:
-                return self._ended_well(run, seconds)
+            if code == 0 and (outcome := self._ended_well(run, seconds)):
+                return outcome
             why = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
             lines = tail.last_lines(ERROR_LINES)
-        except ValueError as error:
-            why, lines = "not started", [str(error)]
+        except (ValueError, OSError) as error:
+            lines = [str(error)]
         self._say("\n    ".join([f"failed ({why}); its log is {run.log}", *lines]))
         return FAILED
 
@@ -155,9 +171,13 @@ class _Sweep:
         return max(0.0, mean - elapsed) + mean * sum(self._to_do[self._number :])
 
     def _ended_well(self, run: Run, seconds: float) -> str:
-        if run.place().is_finished:
+        """What became of a run that ended without an error; empty where it did not say itself."""
+        place = run.place()
+        if place.is_finished:
             self._seconds.append(seconds)
             return self._finished(run, f"finished in {seconds:.0f} s")
+        if place.directory is None or runs.read_summary(place.directory).get("status") != STOPPED:
+            return ""
         self._say(f"stopped before its last step, after {seconds:.0f} s; the same command goes on with it")
         return STOPPED
 
@@ -190,8 +210,7 @@ def _runs(path: str, grid: Grid) -> list[Run]:
     found = []
     for cell, r in zip(grid.cells(room), recipes, strict=True):
         name = f"{base}_{cell.name}"
-        command = [sys.executable, "-m", "longnet_kit.cli", "fit", path, *cell.items, f"name={name}", "resume=auto"]
-        found.append(Run(cell, dataclasses.replace(r, name=name), command, runs.ROOT / base / f"{cell.name}.log"))
+        found.append(Run(cell, dataclasses.replace(r, name=name), runs.ROOT / base / f"{cell.name}.log"))
         try:
             found[-1].place()
         except ValueError as error:
@@ -212,7 +231,16 @@ def _complain(wrong: dict[str, list[str]], right: int) -> None:
 
 
 def _clear_away(run: Run) -> None:
-    """Remove a version that was killed before it had a recipe."""
+    """Remove a version that was killed before it had a recipe.
+
+    Raises:
+        ValueError: one without a recipe holds something.
+    """
     for directory in runs.versions(run.recipe.name):
-        if not (directory / runs.RECIPE).exists() and not run_lock.holder(directory):
-            shutil.rmtree(directory)
+        if (directory / runs.RECIPE).exists() or run_lock.holder(directory):
+            continue
+        if held := {path.name for path in directory.iterdir()} - {run_lock.LOCK, f".{runs.RECIPE}"}:
+            raise ValueError(
+                f"{directory} has no {runs.RECIPE}, but {', '.join(sorted(held))}; put its recipe back, or move it away"
+            )
+        shutil.rmtree(directory)

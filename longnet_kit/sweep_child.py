@@ -117,7 +117,7 @@ def open_log(path: Path) -> BinaryIO | None:
             "directory where runs/ can be written"
         ) from error
     try:
-        if run_lock.try_lock(log.fileno()):
+        if run_lock.try_lock(log.fileno()) and run_lock.is_at(log.fileno(), path):
             return log
     except OSError:  # no locks here: the run directory's says the same
         return log
@@ -144,13 +144,16 @@ class Tail:
 
     def last_lines(self, count: int) -> list[str]:
         """The last lines since the start that are not empty."""
-        end = self._path.stat().st_size
-        return _words(self._bytes(max(self._start, end - _ENOUGH)).split(b"\n"))[-count:]
+        return _words(self._bytes(self._start)[-_ENOUGH:].split(b"\n"))[-count:]
 
     def _bytes(self, start: int) -> bytes:
-        with self._path.open("rb") as file:
-            file.seek(start)
-            return file.read()
+        """What follows in the log; nothing where somebody has removed it."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(start)
+                return file.read()
+        except FileNotFoundError:
+            return b""
 
 
 def _words(lines: Sequence[bytes]) -> list[str]:

@@ -85,10 +85,13 @@ class Bar(Lines):
     def begin(self, number: int) -> None:
         super().begin(number)
         self._progress.update(self._task, completed=number - 1)
+        self._live.update(self._progress)
 
     def update(self, label: str, line: str, left: float | None) -> None:
         self._progress.update(self._task, left=_words(left))
-        current = Text(f"{label}  {line.strip()}", no_wrap=True, overflow="ellipsis")
+        if line.startswith((" ", "next ")):  # what a run says of itself after its end
+            line = ""
+        current = Text(f"{label}  {line}", no_wrap=True, overflow="ellipsis")
         self._live.update(Group(self._progress, current))
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.timeout(300)
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
 HURDLES = """
+import os
 import sys
 import time
 from pathlib import Path
@@ -40,6 +42,8 @@ class Hurdle(attention.AttentionBackend):
     def forward(self, q, k, v, causal=True, key_padding_mask=None):
         if Path("slow").exists():
             time.sleep(0.3)
+        while Path("held").exists():
+            time.sleep(0.05)
         return self.inner(q, k, v, causal, key_padding_mask)
 
 
@@ -48,10 +52,16 @@ class Broken(Hurdle):
         raise RuntimeError("a bolt is loose")
 
 
+class Vanishing(Hurdle):
+    def forward(self, q, k, v, causal=True, key_padding_mask=None):
+        os._exit(0)
+
+
 while Path("late").exists() and sys.argv[0].endswith("cli.py"):
     time.sleep(0.1)
 attention.register("hurdle")(Hurdle)
 attention.register("broken")(Broken)
+attention.register("vanishing")(Vanishing)
 """
 COMMAND = """
 import sys
@@ -82,10 +92,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Sweep:
     """A sweep in a process of its own, its output in a file."""
 
-    def __init__(self, *items: str) -> None:
+    def __init__(self, *items: str, path: str = "tiny.yaml") -> None:
         self.output = Path(f"output_{time.monotonic_ns()}.txt")
         with self.output.open("w") as file:
-            command = [sys.executable, "command.py", "tiny.yaml", *items]
+            command = [sys.executable, "command.py", path, *items]
             self.process = subprocess.Popen(
                 command, env=desk.environment(), stdout=file, stderr=subprocess.STDOUT, process_group=0,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as on a terminal
@@ -110,7 +120,7 @@ class Sweep:
 @pytest.fixture
 def start() -> Iterator[Callable[..., Sweep]]:
     started: list[Sweep] = []
-    yield lambda *items: started.append(Sweep(*items)) or started[-1]
+    yield lambda *items, **where: started.append(Sweep(*items, **where)) or started[-1]
     for one in started:
         one.process.kill()
         one.process.wait()
@@ -168,6 +178,8 @@ def test_a_killed_sweep_goes_on(how: str, start: Callable[..., Sweep]) -> None:
     killed.wait_for(lambda: runs.checkpoints(second))
     before = stamps(run_of(NAMES[0]))
     orphans = pids()
+    if how == "the sweep alone":
+        Path("held").touch()
     os.killpg(killed.process.pid, signal.SIGKILL)
     killed.process.wait()
     assert len(orphans) == 1 and run_lock.holder(second).startswith(f"process {orphans[0]} on ")
@@ -177,6 +189,7 @@ def test_a_killed_sweep_goes_on(how: str, start: Callable[..., Sweep]) -> None:
     again = start(*GRID)
     if how == "the sweep alone":
         again.wait_for(lambda: "waiting for its end" in again.text())
+        Path("held").unlink()
         Path("slow").unlink()
     out = again.end(0)
     assert_complete(NAMES)
@@ -212,6 +225,45 @@ def test_a_run_that_outlives_its_sweep_has_its_cell_before_it_has_a_directory(st
     assert "dim=16: finished meanwhile" in again.end(0)
     assert_complete(["dim-16", "dim-32"])
     assert log_of("dim-16").count("longnet_kit.cli fit") == 1
+
+
+def test_a_change_to_the_recipe_reaches_no_run_of_a_sweep_that_has_started(start: Callable[..., Sweep]) -> None:
+    """The recipe is in a folder of its own, its plug-in beside it; even the folder of logs may go meanwhile."""
+    Path("slow").touch()
+    Path("elsewhere").mkdir()
+    for name in ("tiny.yaml", "hurdles.py"):
+        Path(name).rename(Path("elsewhere") / name)
+    items = ["data.paths=[text.txt]", *ALONE, "model.attention.backend=hurdle,sdpa"]
+    sweeping = start(*items, path="elsewhere/tiny.yaml")
+    sweeping.wait_for(lambda: runs.checkpoints(run_of("backend-hurdle")))
+    changed = Path("elsewhere/tiny.yaml").read_text().replace("lr: 1.0e-2", "lr: 3.0e-2")
+    Path("elsewhere/tiny.yaml").write_text(changed)
+    shutil.rmtree("runs/tiny_sweep")
+    Path("slow").unlink()
+    assert "2 of 2 runs finished\n" in sweeping.end(0)
+    assert_complete(["backend-hurdle", "backend-sdpa"])
+    for name in ("backend-hurdle", "backend-sdpa"):
+        assert recipe.load_saved(run_of(name)).optimizer.lr == 0.01
+
+
+def test_a_run_without_its_recipe_is_not_thrown_away(start: Callable[..., Sweep]) -> None:
+    start(*ALONE, "model.dim=16,32").end(0)
+    (run_of("dim-16") / "recipe.yaml").unlink()
+    before = stamps(run_of("dim-16"))
+    Path("runs/tiny_sweep_dim-32/version_1").mkdir()  # killed before anything was in it
+    out = start(*ALONE, "model.dim=16,32").end(1)
+    assert "dim-16/version_0 has no recipe.yaml, but checkpoints, events.out" in out and "1 failed: dim=16\n" in out
+    assert stamps(run_of("dim-16")) == before
+    assert not Path("runs/tiny_sweep_dim-16/version_1").exists()
+
+
+def test_a_run_that_stops_or_vanishes_is_not_called_finished(start: Callable[..., Sweep]) -> None:
+    Path("slow").touch()
+    out = start(*ALONE, "trainer.max_time='00:00:00:01'", "model.attention.backend=hurdle,vanishing").end(1)
+    assert "backend=hurdle: stopped before its last step, after " in out
+    assert "backend=vanishing: failed (exit code 0); its log is runs/tiny_sweep/backend-vanishing.log" in out
+    assert "0 of 2 runs finished, 1 stopped: backend=hurdle, 1 failed: backend=vanishing\n" in out
+    assert "the table of " in out
 
 
 @needs_proc
