@@ -20,6 +20,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import DoublePrecision
+from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
 from longnet_kit import (
     callbacks,
@@ -282,8 +283,9 @@ def _trainer(r: Recipe, **own: Any) -> Trainer:
         arguments["val_check_interval"] = min(arguments["val_check_interval"], batches)
     if isinstance(arguments.get("devices"), list) and not placement.on_accelerator(r):
         raise ValueError(f"trainer.devices: {recipe_schema.listed_on_cpu(arguments['devices'])}")
-    if arguments.get("profiler") == "pytorch":
-        del arguments["profiler"]  # a callback's work, see callbacks.Profile
+    kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
+    kind = kinds.get(arguments.pop("profiler", None))  # pytorch's is a callback's work, see callbacks.Profile
+    own["profiler"] = kind(filename="profile") if kind else None  # without a name it would write to a log
     placement.check_world(r)
     strategy = placement.strategy(r)
     plugins: list[Any] = [checkpoint_io.StagedCheckpointIO()]

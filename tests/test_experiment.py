@@ -299,16 +299,27 @@ def test_a_killed_run_that_starts_again_shows_no_point_of_the_first_time() -> No
 
 
 @pytest.mark.parametrize(("max_steps", "traced"), [(6, 3), (4, 2), (2, 0)])
-def test_a_profile_of_some_steps_lands_in_the_run_directory(max_steps: int, traced: int) -> None:
+def test_a_profile_of_some_steps_lands_in_the_run_directory(
+    max_steps: int, traced: int, recwarn: pytest.WarningsRecorder
+) -> None:
     run = experiment.run(load("trainer.profiler=pytorch", f"trainer.max_steps={max_steps}"))
     traces = list(run.glob("*trace*"))
     assert [trace.name for trace in traces] == ["trace.json.gz"] * bool(traced)
-    if traced:
+    if not traced:
+        assert "no trace: the run did 2 steps" in str(recwarn.pop(UserWarning).message)
+    else:
         events = json.loads(gzip.decompress(traces[0].read_bytes()))["traceEvents"]
         names = [event.get("name", "") for event in events]
         assert names.count("longnet_kit::dilated_backward") == 2 * traced  # two layers
         assert sum(name.startswith("Optimizer.step") for name in names) == traced
     assert set(curve(run, "train/loss")) == set(range(2, max_steps + 1, 2))
+
+
+@pytest.mark.parametrize("profiler", ["simple", "advanced"])
+def test_lightnings_profilers_report_into_the_run_directory(profiler: str) -> None:
+    run = experiment.run(load(f"trainer.profiler={profiler}"))
+    (report,) = run.glob("*profile*.txt")
+    assert "training_step" in report.read_text()
 
 
 def test_a_users_error_before_the_first_step_leaves_no_run() -> None:

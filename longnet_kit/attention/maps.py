@@ -100,7 +100,10 @@ def as_positions(queries: Tensor | Sequence[int] | None, seq_len: int, device: t
     """Chosen positions of a sequence, (Q,) int64, all of them for None; ValueError unless they are some."""
     if queries is None:
         return torch.arange(seq_len, device=device)
-    given = torch.as_tensor(queries)
+    try:
+        given = torch.as_tensor(queries)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"queries is {queries!r}; expected whole numbers, positions in the sequence") from error
     if given.dim() != 1:
         raise ValueError(f"queries has shape {tuple(given.shape)}; expected one dimension, positions in the sequence")
     if len(given) and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):

@@ -75,12 +75,16 @@ class Board(TensorBoardLogger):
             hyper_parameters: nested; they show up under dotted names, lists as text.
             recipe: as YAML.
         """
-        from torch.utils.tensorboard.summary import hparams
+        from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
         for earlier in Path(self.log_dir).glob(f"*{_SESSION}"):
             earlier.unlink()
-        _, session_start, _ = hparams(flatten(hyper_parameters), {})
-        self._write_session(session_start)
+        session: Any = plugin_data_pb2.HParamsPluginData()  # type: ignore[attr-defined]
+        session.session_start_info.start_time_secs = time.time()
+        for name, value in flatten(hyper_parameters).items():
+            kind = {bool: "bool_value", str: "string_value"}.get(type(value), "number_value")
+            setattr(session.session_start_info.hparams[name], kind, value)
+        self._write_session(metadata.SESSION_START_INFO_TAG, session)
         writer = self.experiment
         writer.add_text("recipe", f"```yaml\n{recipe.rstrip()}\n```", global_step=0)
         writer.add_text("environment", environment(), global_step=0)
@@ -91,18 +95,15 @@ class Board(TensorBoardLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """End the session in the HPARAMS tab, which shows it as running until then."""
-        from tensorboard.compat.proto import summary_pb2
         from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
         if self._is_described:
-            ended: Any = plugin_data_pb2.HParamsPluginData()  # type: ignore[attr-defined]
-            ended.session_end_info.status = api_pb2.Status.Value(  # type: ignore[attr-defined]
+            session: Any = plugin_data_pb2.HParamsPluginData()  # type: ignore[attr-defined]
+            session.session_end_info.status = api_pb2.Status.Value(  # type: ignore[attr-defined]
                 "STATUS_SUCCESS" if status == "success" else "STATUS_FAILURE"
             )
-            ended.session_end_info.end_time_secs = time.time()
-            summary: Any = summary_pb2.Summary()  # type: ignore[attr-defined]
-            summary.value.add(tag=metadata.SESSION_END_INFO_TAG, metadata=metadata.create_summary_metadata(ended))
-            self._write_session(summary)
+            session.session_end_info.end_time_secs = time.time()
+            self._write_session(metadata.SESSION_END_INFO_TAG, session)
             self._is_described = False
         super().finalize(status)
 
@@ -111,10 +112,14 @@ class Board(TensorBoardLogger):
         """Flush what was logged; a file of hyper-parameters, Lightning's habit, would repeat the run's recipe."""
         self.experiment.flush()
 
-    def _write_session(self, summary: Any) -> None:
+    def _write_session(self, tag: str, session: Any) -> None:
         """Write into a file of its own, which a resumed run can replace: TensorBoard shows the first that it finds."""
+        from tensorboard.compat.proto import summary_pb2
+        from tensorboard.plugins.hparams import metadata
         from torch.utils.tensorboard import FileWriter
 
+        summary: Any = summary_pb2.Summary()  # type: ignore[attr-defined]
+        summary.value.add(tag=tag, metadata=metadata.create_summary_metadata(session))
         writer = FileWriter(self.log_dir, filename_suffix=_SESSION)
         writer.add_summary(summary)
         writer.close()

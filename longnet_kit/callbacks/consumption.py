@@ -14,7 +14,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from longnet_kit.callbacks.board import Board, boards
-from longnet_kit.tasks.scalars import due, record
+from longnet_kit.tasks.scalars import due, write
 
 VS_TOKENS = ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte")
 """Scalars that are also drawn against the tokens seen, under `vs_tokens/`."""
@@ -25,9 +25,9 @@ _STATUS = Path("/proc/self/status")
 class Consumption(Callback):
     """Writes `train/tokens`, `train/seconds` and `train/peak_memory` whenever training scalars are due.
 
-    Tokens are those trained on by all ranks; seconds are the run's, validations included; a resumed run goes on with
-    both. Memory is the most that a rank had at once since this process began to train, in bytes: allocated by torch on
-    CUDA, resident in the process on a CPU; it is left out where the system does not say.
+    Tokens are those trained on by all ranks; seconds are the run's, validations included, the last one too; memory is
+    the most that a rank had at once while it trained, in bytes: allocated by torch on CUDA, resident in the process on
+    a CPU; it is left out where the system does not say. A resumed run goes on with all three.
 
     In TensorBoard, `vs_tokens/<tag>` shows the scalars of `VS_TOKENS` with tokens in place of steps, so that runs of
     different batches overlay.
@@ -35,17 +35,20 @@ class Consumption(Callback):
 
     def __init__(self) -> None:
         self._tokens = 0
+        self._peak = 0.0
         self._seconds = 0.0
         self._began: float | None = None
+        self._recorded = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self._tokens, "seconds": self._run_time()}
+        return {"tokens": self._tokens, "seconds": self._run_time(), "peak": self._peak}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
+        self._peak = state_dict.get("peak", 0.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began = time.monotonic()
+        self._began, self._recorded = time.monotonic(), trainer.global_step
         _forget_peak(pl_module.device)
 
     def on_train_batch_end(
@@ -54,20 +57,29 @@ class Consumption(Callback):
         self._tokens += batch["tokens"].numel() * trainer.world_size
         if trainer.fit_loop._should_accumulate() or not due(trainer, trainer.global_step):
             return
-        scalars = {"train/tokens": float(self._tokens), "train/seconds": self._run_time()}
-        peak = peak_memory(pl_module.device)
-        if peak is not None:
-            ranks = torch.tensor(float(peak), device=pl_module.device, dtype=torch.float32)
-            scalars["train/peak_memory"] = float(trainer.strategy.reduce(ranks, reduce_op="max"))
-        record(pl_module, scalars, trainer.global_step)
         self._draw(trainer, "train/")
+        if trainer.global_step < trainer.max_steps:  # else a validation follows, which counts
+            self._record(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and self._began is not None:
             self._draw(trainer, "val/")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._recorded != trainer.global_step:
+            self._record(trainer, pl_module)
         self._seconds, self._began = self._run_time(), None
+
+    def _record(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write what was used by now; the ranks do it together."""
+        self._recorded = trainer.global_step
+        scalars = {"train/tokens": float(self._tokens), "train/seconds": self._run_time()}
+        peak = peak_memory(module.device)
+        if peak is not None:
+            ranks = torch.tensor(float(peak), device=module.device)
+            self._peak = max(self._peak, float(trainer.strategy.reduce(ranks, reduce_op="max")))
+            scalars["train/peak_memory"] = self._peak
+        write(trainer, scalars, trainer.global_step)
 
     def _run_time(self) -> float:
         return self._seconds + (0.0 if self._began is None else time.monotonic() - self._began)

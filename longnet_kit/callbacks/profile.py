@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Profile(Callback):
         self._first, self._steps = first, steps
         self._began_at = 0
         self._profiler: profile | None = None
+        self._is_tracing = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began_at = trainer.global_step
@@ -38,21 +40,34 @@ class Profile(Callback):
                 activities.append(ProfilerActivity.CUDA)
             self._profiler = profile(activities=activities, record_shapes=True)
             self._profiler.start()
+            self._is_tracing = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step - self._began_at >= self._first - 1 + self._steps:
-            self._write(trainer)
+        if self._is_tracing and trainer.global_step - self._began_at >= self._first - 1 + self._steps:
+            self._stop()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._profiler is None and boards(trainer):
+            steps = trainer.global_step - self._began_at
+            warnings.warn(
+                f"no trace: the run did {steps} steps, and tracing begins with step {self._first}; raise "
+                "trainer.max_steps", stacklevel=2,
+            )  # fmt: skip
         self._write(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._write(trainer)
 
+    def _stop(self) -> None:
+        assert self._profiler is not None
+        self._profiler.stop()
+        self._is_tracing = False
+
     def _write(self, trainer: Trainer) -> None:
-        """Write what was traced, if anything was and is not written yet."""
+        """Write what was traced, if anything was: at the end, since it takes its time."""
         if self._profiler is None:
             return
-        self._profiler.stop()
+        if self._is_tracing:
+            self._stop()
         self._profiler.export_chrome_trace(str(Path(boards(trainer)[0].log_dir) / "trace.json.gz"))
-        self._profiler, self._first = None, 0  # once
+        self._profiler = None

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from longnet_kit import recipe_yaml, run_lock, runs
@@ -59,13 +60,12 @@ class History:
         return list(dict.fromkeys([*logged, *self.summary]))
 
     def final(self, tag: str) -> float | None:
-        """The last value of a tag in metrics.csv; where that has none, in the summary."""
-        value = self.metrics.last(tag)
-        return self.summary.get(tag) if value is None else value
+        """The last value of a tag: the summary's, which is written when a run ends; else that of metrics.csv."""
+        return self.summary[tag] if tag in self.summary else self.metrics.last(tag)
 
     def best(self, tag: str, largest: bool) -> float | None:
         """The least value of a tag, or the largest; NaN only where nothing else is."""
-        values = self.metrics.series(tag).values
+        values = np.append(self.metrics.series(tag).values, self.summary.get(tag, []))
         numbers = values[values == values]
         if not len(numbers):
             return float("nan") if len(values) else None
@@ -92,8 +92,9 @@ def read(path: Path, now: float | None = None) -> History:
     if not isinstance(status, str) or not status:
         if summary:
             problems.append("summary.json: has no status")
+        is_damaged = bool(summary) or os.path.lexists(path / runs.SUMMARY)
         idle = max(0.0, (time.time() if now is None else now) - _last_written(path))
-        held = run_lock.is_held(path)
+        held = False if is_damaged else run_lock.is_held(path)  # a summary is written at the end
         status = RUNNING if held or (held is None and idle < PATIENCE) else KILLED
     metrics = _metrics(path, problems, "no metrics" if idle is None else "no metrics yet")
     scalars = {tag: number for tag, value in summary.items() if (number := _scalar(value)) is not None}

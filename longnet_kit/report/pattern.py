@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,9 @@ def draw(r: Recipe, length: int = 16, output: Path | None = None) -> str:
     if output is not None:
         _check_format(output)
     name, heads, causal = r.model.attention["backend"], r.model.heads, r.model.causal
-    pattern = attention.build(r.model.attention).pattern
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pattern = attention.build(r.model.attention).pattern
     if pattern is None:
         raise ValueError(
             f"the attention backend {name!r} has no pattern to draw; write its `pattern`, or set another "
@@ -49,7 +52,7 @@ def draw(r: Recipe, length: int = 16, output: Path | None = None) -> str:
         parts.append(
             f"That is too wide for a terminal, which shows up to {WIDEST} tokens; for a figure add --output pattern.png"
         )
-    parts += _notes(name, pattern, length)
+    parts += [f"note: {warning.message}" for warning in caught] + _notes(name, pattern, length)
     if output is not None:
         _write(pattern, length, heads, causal, output)
         parts.append(f"figure: {output}")

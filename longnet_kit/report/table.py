@@ -40,6 +40,13 @@ def markdown(columns: Sequence[Column]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
 
 
+def check_csv(path: Path | None) -> None:
+    """Raise ValueError where a table cannot be written, before anything is read."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ValueError(f"--csv {path}: cannot be written, {reason}; name a file in a folder that exists")
+
+
 def write_csv(columns: Sequence[Column], path: Path) -> None:
     """Write the values in full under their full names; ValueError where that cannot be."""
     try:

@@ -33,6 +33,11 @@ def record(module: LightningModule, scalars: Mapping[str, Tensor | float], step:
         warnings.filterwarnings("ignore", ".*but have no logger configured")
         module.log_dict(values, logger=not fitting, sync_dist=not trainer.training)
     if fitting:
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step)
-            logger.save()
+        write(trainer, values, step)
+
+
+def write(trainer: Trainer, scalars: Mapping[str, float], step: int) -> None:
+    """Write scalars at an optimizer step, for nobody to monitor."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(scalars), step)
+        logger.save()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,20 +17,23 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, metadata
 
+from longnet_kit import attention
 from longnet_kit.callbacks import (
     AttentionPattern,
     Board,
     BranchWeights,
     Consumption,
+    FinalValidation,
     LastValues,
     LossByPosition,
     PerplexityByContext,
     Throughput,
+    attention_figures,
     draw_again,
 )
 from longnet_kit.callbacks.board import LAYOUT, flatten
 from longnet_kit.callbacks.consumption import VS_TOKENS, peak_memory
-from longnet_kit.report import figures
+from longnet_kit.report import figures, pattern_figures
 from tests.tasks.tiny import BATCH, SEQ_LEN, Data, logged, task, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -90,8 +95,13 @@ def test_no_figure_where_nothing_was_measured(tmp_path: Path) -> None:
 
 def test_the_shares_are_those_of_the_first_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[np.ndarray] = []
-    monkeypatch.setattr(figures, "branch_weights", lambda shares, _: drawn.append(shares) or figures.Figure())
-    monkeypatch.setattr(figures, "Figure", Figure, raising=False)
+
+    def keep(shares: np.ndarray, branches: list[tuple[int, int]]) -> Figure:
+        assert branches == [(4, 1), (16, 2)]
+        drawn.append(shares)
+        return Figure()
+
+    monkeypatch.setattr(figures, "branch_weights", keep)
     ours = task(attention=DILATED, layers=2, eval_contexts=[8])
     trainer(None, BranchWeights(), loggers=[board(tmp_path)], num_sanity_val_steps=0).validate(
         ours, Data(), verbose=False
@@ -108,6 +118,52 @@ def test_the_shares_are_those_of_the_first_whole_batch(tmp_path: Path, monkeypat
     np.testing.assert_allclose(shares, torch.stack(expected).numpy(), rtol=1e-12)
     assert not np.allclose(shares[0], shares[1])
     np.testing.assert_allclose(shares.sum(1), 1)
+
+
+def test_padding_has_no_part_in_the_shares() -> None:
+    backend = attention.build(DILATED)
+    assert isinstance(backend, attention.AttentionBackend)
+    q, k = torch.randn(2, 1, 16, 2, 4)
+    real = torch.arange(16)[None] < 5
+    watching = BranchWeights()
+    watching._look(0, backend, q, k, True, real)
+    *shares, count = watching._sums[0].tolist()
+    assert count == 5 * 2
+    expected = backend.branch_weights(q[:, :5], k[:, :5]).sum((1, 2, 3))  # padding on the right changes nothing
+    assert shares == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_figures_are_drawn_of_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, tuple[Any, ...]] = {}
+
+    def keep(name: str) -> Any:
+        def draw(*arguments: Any, **named: Any) -> Figure:
+            asked[name] = (*arguments, *named.values())
+            return Figure()
+
+        return draw
+
+    for module, name in (
+        (figures, "perplexity_by_context"),
+        (figures, "loss_by_position"),
+        (pattern_figures, "pattern_figure"),
+    ):
+        monkeypatch.setattr(module, name, keep(name))
+    monkeypatch.setattr(attention_figures, "DRAWN", 12)
+    ours = task(attention=DILATED, eval_contexts=[4, 8], causal=False)
+    watching = [LossByPosition(), PerplexityByContext(), AttentionPattern()]
+    run = trainer(tmp_path, *watching, loggers=[board(tmp_path)], val_check_interval=2)
+    run.fit(ours, datamodule=Data())
+    table = logged(tmp_path)
+    perplexities = {4: "val/perplexity@4", 8: "val/perplexity@8", SEQ_LEN: "val/perplexity"}
+    (drawn,) = asked["perplexity_by_context"]
+    assert drawn == pytest.approx({length: table[tag][4] for length, tag in perplexities.items()}, rel=1e-6)
+    assert asked["pattern_figure"] == (ours.model.attention_backends[0].pattern, 12, 2, False)
+    ours.loss_by_position = torch.ones(4)  # where neighbours of a long context share a mean
+    for callback in watching[:1]:
+        callback.on_validation_end(run, ours)
+    losses, shared = asked["loss_by_position"]
+    assert len(losses) == 4 and shared == SEQ_LEN / 4
 
 
 def test_nobody_watches_after_a_failed_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +257,27 @@ def test_the_peak_of_memory_is_that_of_training(tmp_path: Path) -> None:
     hungry = logged(tmp_path / "b")["train/peak_memory"][4]
     assert before - small > 400 * 2**20, "the peak before training was counted"
     assert 250 * 2**20 < hungry - small < 400 * 2**20
+
+
+def test_a_resumed_run_remembers_its_peak(tmp_path: Path) -> None:
+    callback = Consumption()
+    callback.load_state_dict({"tokens": 5, "seconds": 2.0, "peak": 1e15})
+    assert callback.state_dict() == {"tokens": 5, "seconds": 2.0, "peak": 1e15}
+    trainer(tmp_path, callback, limit_val_batches=0).fit(task(), datamodule=Data())
+    assert set(logged(tmp_path)["train/peak_memory"].values()) == {1e15}
+    Consumption().load_state_dict({"tokens": 5, "seconds": 2.0})  # of a run from before it was kept
+
+
+def test_the_seconds_of_a_run_hold_its_last_validation(tmp_path: Path) -> None:
+    class Slow(Callback):
+        def on_validation_start(self, *_: object) -> None:
+            time.sleep(0.5)
+
+    run = trainer(tmp_path, Consumption(), Slow(), FinalValidation(), val_check_interval=3, num_sanity_val_steps=0)
+    run.fit(task(), datamodule=Data())
+    seconds = logged(tmp_path)["train/seconds"]
+    assert list(seconds) == [1, 2, 3, 4]
+    assert seconds[3] < 0.5 and seconds[4] > 1.0
 
 
 def test_nested_values_get_dotted_names() -> None:

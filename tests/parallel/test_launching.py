@@ -41,6 +41,7 @@ def assert_one_run(folder: Path, alone: dict[str, float], name: str = "tiny") ->
     assert [d.name for d in (folder / "runs" / name).iterdir()] == ["version_0"]
     found = desk.summary(folder, f"runs/{name}/version_0")
     assert found["status"] == "finished"
+    assert found["train/tokens"] == alone["train/tokens"]
     same = {tag for tag in alone if tag.startswith(("train/loss", "train/grad", "train/lr", "val/"))}
     assert {tag: found[tag] for tag in same} == pytest.approx({tag: alone[tag] for tag in same}, rel=1e-4)
 

@@ -51,6 +51,26 @@ def test_the_figure_shows_the_bins_without_pyplot() -> None:
     assert not Gcf.figs, "pyplot knows of the figure"
 
 
+def test_the_perplexity_of_each_context_stands_at_its_length() -> None:
+    (axes,) = figures.perplexity_by_context({1024: 3.0, 256: 5.0, 512: 4.0}).axes
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[256, 5], [512, 4], [1024, 3]])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["256", "512", "1,024"]
+
+
+def test_each_layers_shares_stand_in_its_bar_under_their_branch() -> None:
+    shares = np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
+    figure = figures.branch_weights(shares, [(4, 1), (8, 2), (2048, 4)])
+    (axes,) = figure.axes
+    for branch, container in enumerate(axes.containers):
+        bars = sorted(container, key=lambda bar: bar.get_y())
+        np.testing.assert_allclose([bar.get_width() for bar in bars], shares[:, branch])
+        np.testing.assert_allclose([bar.get_x() for bar in bars], shares[:, :branch].sum(1))
+    assert axes.yaxis_inverted()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["layer 0", "layer 1"]
+    handles = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert handles == ["w=4 r=1", "w=8 r=2", "w=2,048 r=4"]
+
+
 def test_importing_the_module_does_not_import_matplotlib() -> None:
     code = "import sys, longnet_kit.report.figures; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

@@ -76,8 +76,11 @@ def test_the_text_shows_every_branch_and_the_mixture_of_every_head(
     for group in pattern_panels.alike(pattern, seq_len, heads, causal):
         assert blocks.pop(0).startswith(pattern_panels.name(group, heads) + ": residues ")
         parts = [pattern.branch_multiplicity(b, seq_len, heads, causal) for b in pattern.branches]
-        shown = [m[group[0]] for m in (*parts, pattern.multiplicity(seq_len, heads, causal))]
-        titles = [f"({w}, {r})" for w, r in pattern.branches] + ["mixed"]
+        shown = [m[group[0]] for m in parts]
+        titles = [f"({w}, {r})" for w, r in pattern.branches]
+        if len(parts) > 1:
+            shown.append(pattern.multiplicity(seq_len, heads, causal)[group[0]])
+            titles.append("mixed")
         while shown:
             lines = blocks.pop(0).split("\n")
             assert max(map(len, lines)) <= 120
