@@ -8,6 +8,7 @@ verb that needs it.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,29 @@ import longnet_kit
 from longnet_kit import typed
 
 DONE, FAULT, USER_ERROR, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
+
+
+def command() -> NoReturn:
+    """Run the command as a process of its own."""
+    code = main()
+    if "torch.distributed" in sys.modules:
+        _end_rank(code)
+    sys.exit(code)
+
+
+def _end_rank(code: int) -> None:
+    """End one process of several before the interpreter does.
+
+    A thread of gloo's may still have to let go of its last tensor, for which it needs the interpreter; where that is
+    ending, the thread aborts the process, after all its work is done.
+    """
+    from torch import distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class UsageError(ValueError):
@@ -271,4 +295,4 @@ def _is_ours(error: ValueError) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

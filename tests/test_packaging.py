@@ -115,7 +115,7 @@ def test_the_metadata_says_what_the_package_needs(wheel: Path) -> None:
         assert xformers.marker.evaluate(platform)
     scripts = configparser.ConfigParser()
     scripts.read(folder / "entry_points.txt")
-    assert dict(scripts["console_scripts"]) == {"longnet": "longnet_kit.cli:main"}
+    assert dict(scripts["console_scripts"]) == {"longnet": "longnet_kit.cli:command"}
 
 
 def test_a_wheel_lists_and_finds_its_recipes_away_from_the_clone(wheel: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -19,8 +20,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+LAST_MOMENT = 0.1
+"""Seconds that the threads of transfers get at the end of a process."""
+
+
 def keep_groups_at_exit() -> None:
-    """See to it that no process group is closed while the interpreter ends.
+    """See to it that no process group is closed while the interpreter ends, nor still at work.
 
     A thread of gloo's holds the tensors of its last transfer until its group is closed, and needs the interpreter to
     let go of them then. Where that is ending, the thread aborts the process, after all its work is done; where the
@@ -32,6 +37,7 @@ def keep_groups_at_exit() -> None:
 
 def _keep_groups() -> None:
     if dist.is_initialized():
+        time.sleep(LAST_MOMENT)  # for threads to let go, while they can
         for group in dist.distributed_c10d._world.pg_map:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
