@@ -138,8 +138,10 @@ class _Sweep:
         tail, is_told = Tail(run.log), False
         while True:
             log = open_log(run.log)
-            directory = run.place().directory
-            words = run_lock.holder(directory) if directory is not None else ""
+            words = ""
+            if log is not None or not is_told:  # reading where the run is takes its time
+                directory = run.place().directory
+                words = run_lock.holder(directory) if directory is not None else ""
             if log is not None and not words:
                 return log
             if log is not None:

@@ -50,7 +50,8 @@ def compare(
         ValueError: no run can be read, a path or a tag does not exist, or a file cannot be written.
     """
     curves.check(plot, against)
-    table.check_csv(csv)
+    if csv is not None:
+        table.check_place("--csv", csv)
     rows, remarks = _rows(paths)
     tags = list(dict.fromkeys(tag for row in rows for tag in row.run.tags))
     _check_tags("--sort", [] if sort is None else [sort], tags)

@@ -7,7 +7,6 @@ that reaches to their extremes: noise would hide the other curves, and nothing t
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longnet_kit import typed
+from longnet_kit.report import table
 from longnet_kit.report.history import History
 from longnet_kit.report.metrics_file import Series
 
@@ -56,9 +56,7 @@ def check(plot: Path | None, against: str) -> None:
         return
     if plot.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--plot {plot}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    if not os.path.isdir(plot.parent) or os.path.isdir(plot):
-        reason = "it is a folder" if os.path.isdir(plot) else f"there is no folder {plot.parent}"
-        raise ValueError(f"--plot {plot}: cannot be written, {reason}; name a file in a folder that exists")
+    table.check_place("--plot", plot)
 
 
 def draw(

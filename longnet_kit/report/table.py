@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +41,11 @@ def markdown(columns: Sequence[Column]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
 
 
-def check_csv(path: Path | None) -> None:
-    """Raise ValueError where a table cannot be written, before anything is read."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise ValueError(f"--csv {path}: cannot be written, {reason}; name a file in a folder that exists")
+def check_place(option: str, path: Path) -> None:
+    """Raise ValueError where the file of an option cannot be written, before anything is read."""
+    if not os.path.isdir(path.parent) or os.path.isdir(path):
+        reason = "it is a folder" if os.path.isdir(path) else f"there is no folder {path.parent}"
+        raise ValueError(f"{option} {path}: cannot be written, {reason}; name a file in a folder that exists")
 
 
 def write_csv(columns: Sequence[Column], path: Path) -> None:
