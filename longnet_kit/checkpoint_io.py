@@ -1,30 +1,51 @@
-"""How a checkpoint gets onto the disk: whole, or not under its name at all."""
+"""How a checkpoint gets onto the disk: whole, or not under its name at all; with a checksum beside it, by which damage
+is found before anything is loaded. Which checkpoints there are and which stay is the business of callbacks.Saving.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import zipfile
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+CHECKSUM = ".sha256"
+"""What the name of a checkpoint's checksum ends in; `sha256sum --check` reads the file."""
+
+DAMAGED = ".damaged"
+"""What the name of a checkpoint ends in once it was found damaged."""
+
 
 class StagedCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target under a hidden name, waits for the disk, and renames.
+    """Writes beside the target under a hidden name, waits for the disk, and renames; the checksum first.
 
     Lightning's own writing stages in the temporary directory; from another filesystem, its last act is a copy that a
     kill can cut off.
+
+    Attributes:
+        problem: why the latest write failed, in words; empty where it did not. It is not raised, since the other ranks
+            of a job would wait for the one that writes.
     """
+
+    problem: str = ""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with staged(target).open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged(target), target)
+        self.problem = ""
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write(checkpoint, target)
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+            for left_over in (staged(target), staged(checksum_file(target))):
+                with suppress(OSError):
+                    left_over.unlink(missing_ok=True)
 
 
 def staged(target: Path) -> Path:
@@ -32,7 +53,113 @@ def staged(target: Path) -> Path:
     return target.with_name(f".{target.name}")
 
 
+def checksum_file(checkpoint: Path) -> Path:
+    """Where the checksum of a checkpoint is."""
+    return checkpoint.with_name(checkpoint.name + CHECKSUM)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint and its checksum."""
+    checkpoint.unlink(missing_ok=True)
+    checksum_file(checkpoint).unlink(missing_ok=True)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint and its checksum, so that nothing takes it for one; returns where it is now."""
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    if checksum_file(checkpoint).exists():
+        os.replace(checksum_file(checkpoint), checksum_file(aside))
+    os.replace(checkpoint, aside)
+    return aside
+
+
 def remove_staged(folder: Path) -> None:
     """Remove what a write that was cut off has left in a folder."""
-    for left_over in folder.glob(".*.ckpt"):
+    for left_over in (*folder.glob(".*.ckpt"), *folder.glob(f".*{CHECKSUM}")):
         left_over.unlink()
+    for checksum in folder.glob(f"*{CHECKSUM}"):
+        if not checksum.with_name(checksum.name.removesuffix(CHECKSUM)).exists():
+            checksum.unlink()
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with the bytes of a checkpoint, in words; empty where nothing is.
+
+    They are held against the checksum beside the file, or, where there is none, against those inside it.
+    """
+    try:
+        file = checkpoint.resolve(strict=True)
+        status = file.stat()
+        return _damage(file, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+
+
+@lru_cache(maxsize=64)
+def _damage(file: Path, size: int, changed: int) -> str:
+    """See `damage`; size and time only say when to look again."""
+    if checksum_file(file).exists():
+        expected = checksum_file(file).read_text(encoding="ascii", errors="replace").split(" ")[0].strip()
+        with file.open("rb") as content:
+            actual = hashlib.file_digest(content, "sha256").hexdigest()
+        return "" if actual == expected else f"it is not the file that {checksum_file(file).name} was written for"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        return f"it is cut off or no checkpoint at all: {error}"
+    return f"the checksum of its part {damaged} is wrong" if damaged else ""
+
+
+def _write(checkpoint: dict[str, Any], target: Path) -> None:
+    checksum = checksum_file(target)
+    with staged(target).open("wb") as file:
+        hashing = _Hashing(file)
+        try:
+            torch.save(checkpoint, hashing)
+        except RuntimeError as error:
+            raise hashing.failure or error from error
+        file.flush()
+        os.fsync(file.fileno())
+    with staged(checksum).open("w", encoding="ascii", newline="\n") as file:
+        file.write(f"{hashing.digest()}  {target.name}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    target.unlink(missing_ok=True)  # never an old checkpoint beside the new one's checksum
+    os.replace(staged(checksum), checksum)
+    os.replace(staged(target), target)
+    _sync(target.parent)
+
+
+class _Hashing:
+    """A file that takes the checksum of what passes, and keeps the error of a write that fails: torch hides it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.failure: OSError | None = None
+        self._file = file
+        self._hash = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        try:
+            self._file.write(content)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+        self._hash.update(content)
+        return len(content)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Make renames in a folder survive a power cut, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

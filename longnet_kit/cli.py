@@ -1,8 +1,8 @@
 """The command `longnet VERB ...`: parses the arguments and calls one function of the package.
 
 Exit codes: 0 done, 2 the user's error (one message on stderr), 1 a fault (with its traceback, unless it is that another
-rank of the job was lost), 130 interrupted, 141 the reader of the output is gone. Everything heavy is imported by the
-verb that needs it.
+rank of the job was lost, or that a loss or gradient was not finite), 141 the reader of the output is gone, 128 + n when
+signal n ended it: 130 SIGINT, 138 SIGUSR1, 143 SIGTERM. Everything heavy is imported by the verb that needs it.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = arguments.call(arguments)
         sys.stdout.flush()
         return code
-    except SystemExit as end:  # argparse, after --help
-        return int(end.code or 0)
+    except SystemExit as end:  # argparse, after --help; or Lightning, which hides what Ctrl-C raises
+        return INTERRUPTED if isinstance(end.__context__, KeyboardInterrupt) else int(end.code or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -80,6 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "torch.distributed" not in sys.modules or not _is_lost_rank(error):
             raise
         return FAULT  # the strategy has said which rank ends and why; where it waited is of no interest
+    except Exception as error:
+        code = _ended_in_training(error)
+        if code is None:
+            raise
+        return code
 
 
 def _fit(arguments: argparse.Namespace) -> int:
@@ -93,6 +98,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from longnet_kit import experiment
 
     experiment.evaluate(arguments.run, arguments.overrides, which=arguments.verb)
+    return DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from longnet_kit import export
+
+    export.export(arguments.run, arguments.output, arguments.checkpoint)
     return DONE
 
 
@@ -195,6 +207,25 @@ def _is_lost_rank(error: RuntimeError) -> bool:
     return is_about_transfers(error)
 
 
+def _ended_in_training(error: Exception) -> int | None:
+    """The exit code of a training that a signal has ended, or a value that is not finite; None for other errors."""
+    if "longnet_kit.fitting" not in sys.modules:
+        return None
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    from longnet_kit.callbacks import NonFiniteError
+    from longnet_kit.parallel.strategies import was_started_by_a_rank
+    from longnet_kit.signals import Interrupted
+
+    if not isinstance(error, (Interrupted, NonFiniteError)):
+        return None
+    if rank_zero_only.rank == 0:
+        print(f"longnet: {error}", file=sys.stderr)
+    if was_started_by_a_rank():
+        return DONE  # the rank that started this one ends the job with the code; a code of ours would have it killed
+    return 128 + error.signum if isinstance(error, Interrupted) else FAULT
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises what argparse would print and exit with."""
 
@@ -205,7 +236,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 VERBS = (
-    "fit", "validate", "test", "list", "show", "plan", "pattern", "sweep", "compare", "board", "check-backend"
+    "fit", "validate", "test", "export", "list", "show", "plan", "pattern", "sweep", "compare", "board",
+    "check-backend",
 )  # fmt: skip
 
 
@@ -253,6 +285,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     verb("fit", _fit, "train what a recipe says", recipe, overrides)
     verb("validate", _evaluate, "measure a run's newest checkpoint on the validation split", run, overrides)
     verb("test", _evaluate, "measure a run's newest checkpoint on the test split", run, overrides)
+    exported = verb("export", _export, "write a run's weights and recipe into one safetensors file", run)
+    exported.add_argument("output", metavar="OUT", type=Path, help="a .safetensors file")
+    exported.add_argument(
+        "--checkpoint", metavar="FILE", type=Path, help="which of the run's checkpoints; by default the newest"
+    )
     verb("list", _list, "name every recipe, with a line on it")
     verb("show", _show, "print a recipe in full, its parameter count and its FLOPs", recipe, overrides)
     planned = ("overrides", "devices=N gpu=NAME key.path=value", "how many devices in all; h100, h200 or a100; keys")

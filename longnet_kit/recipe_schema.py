@@ -84,6 +84,8 @@ class Optimizer:
     """Steps over which the learning rate rises from zero; clipped to `trainer.max_steps`."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """The course of the learning rate after the warm-up; `linear` and `cosine` end at zero."""
+    max_skipped_steps: Natural = 0
+    """Updates to leave out because the loss or a gradient is not finite; with one more, the run stops."""
 
 
 @dataclass
@@ -94,6 +96,8 @@ class Checkpoint:
     """Optimizer steps from one checkpoint to the next; the last step is always saved."""
     keep: Count = 3
     """How many of the newest checkpoints stay."""
+    keep_best: bool = True
+    """Whether a validation that is the best so far is saved, and stays until a better one."""
 
 
 @dataclass

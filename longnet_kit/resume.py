@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from longnet_kit import recipe, runs
+from longnet_kit import checkpoint_io, recipe, runs
 from longnet_kit.dotted import leaves
 from longnet_kit.recipe import Recipe
 
@@ -15,6 +15,7 @@ FREE_ON_RESUME = (
     ("trainer", "num_nodes"),
     ("strategy",),
     ("checkpoint",),
+    ("optimizer", "max_skipped_steps"),
 )
 """What may differ from the saved recipe when a run is resumed; its origin and the words about it aside."""
 
@@ -47,21 +48,36 @@ def find(r: Recipe) -> Place:
         return at(r, saved[-1])
     path = Path(r.resume)
     ckpt = path if path.is_file() else runs.checkpoint(runs.find(path))
-    run_directory = ckpt.parent.parent
+    if wrong := checkpoint_io.damage(ckpt):
+        raise ValueError(f"resume: {ckpt} is damaged or no checkpoint ({wrong}); give another one, or resume=auto")
+    run_directory = runs.of_checkpoint(ckpt)
     if (run_directory / runs.RECIPE).is_file():
         _check_same(r, run_directory)
     return Place(ckpt=ckpt)
 
 
 def at(r: Recipe, directory: Path) -> Place:
-    """How far a recipe's run has come in a run directory.
+    """How far a recipe's run has come in a run directory; checkpoints that are damaged do not count.
 
     Raises:
         ValueError: it was trained under another recipe.
     """
     _check_same(r, directory)
-    saved_steps = runs.checkpoints(directory)
-    return Place(directory, saved_steps[-1] if saved_steps else None, _is_finished(directory, r))
+    sound = next((ckpt for ckpt in reversed(runs.checkpoints(directory)) if not checkpoint_io.damage(ckpt)), None)
+    return Place(directory, sound, _is_finished(directory, r))
+
+
+def set_damaged_aside(directory: Path, ckpt: Path | None) -> list[str]:
+    """Rename the checkpoints after the one that a run goes on from, which were found damaged; returns notes on them."""
+    notes = []
+    for damaged in runs.checkpoints(directory):
+        if ckpt is None or runs.step_of(damaged) > runs.step_of(ckpt):
+            aside = checkpoint_io.set_aside(damaged)
+            instead = f"from {ckpt.name}" if ckpt else "from the start"
+            notes.append(
+                f"{damaged} is damaged ({checkpoint_io.damage(aside)}) and is now {aside.name}; goes on {instead}"
+            )
+    return notes
 
 
 def _is_finished(directory: Path, r: Recipe) -> bool:

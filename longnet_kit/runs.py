@@ -17,6 +17,8 @@ from typing import Any
 
 ROOT = Path("runs")
 RECIPE, SUMMARY, METRICS, CHECKPOINTS = "recipe.yaml", "summary.json", "metrics.csv", "checkpoints"
+LATEST, BEST = "latest.ckpt", "best.ckpt"
+"""Links to checkpoints, beside them."""
 
 
 def claim(name: str, root: Path = ROOT) -> Path:
@@ -79,7 +81,22 @@ def discard(run: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, by their steps."""
-    return sorted((run / CHECKPOINTS).glob("step_*.ckpt"), key=_number)
+    return checkpoints_in(run / CHECKPOINTS)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, by their steps."""
+    return sorted(folder.glob("step_*.ckpt"), key=_number)
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """What the checkpoint of an optimizer step is called."""
+    return folder / f"step_{step:08d}.ckpt"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step of a checkpoint, by its name; -1 where that does not say."""
+    return _number(checkpoint)
 
 
 def checkpoint(run: Path) -> Path:
@@ -94,6 +111,11 @@ def checkpoint(run: Path) -> Path:
             f"{run}: the run has no checkpoint in {CHECKPOINTS}/; let it train for longer, or start it again"
         )
     return found[-1]
+
+
+def of_checkpoint(checkpoint: Path) -> Path:
+    """The run directory that a checkpoint is in."""
+    return checkpoint.parent.parent
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -113,12 +135,16 @@ def write_summary(run: Path, status: str, scalars: Mapping[str, float]) -> None:
 
 
 def metrics_until(run: Path, step: int) -> list[dict[str, str]]:
-    """The rows of metrics.csv up to and including an optimizer step, without their empty cells."""
+    """The rows of metrics.csv up to and including an optimizer step, without their empty cells.
+
+    A last line that a kill has cut off is left out.
+    """
     if not (run / METRICS).is_file():
         return []
-    with (run / METRICS).open(newline="") as file:
-        rows = [{tag: value for tag, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if int(row["step"]) <= step]
+    text = (run / METRICS).read_bytes().decode(errors="replace")
+    whole = text[: text.rfind("\n") + 1]
+    rows = [{tag: value for tag, value in row.items() if tag and value} for row in csv.DictReader(whole.splitlines())]
+    return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) <= step]
 
 
 def _number(path: Path) -> int:

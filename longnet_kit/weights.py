@@ -1,4 +1,4 @@
-"""A network's weights, and nothing else, out of a run or a checkpoint."""
+"""A network's weights, and nothing else, out of a run, a checkpoint or an exported file."""
 
 from __future__ import annotations
 
@@ -7,30 +7,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from longnet_kit import runs
+from longnet_kit import checkpoint_io, runs
+
+EXPORTED = ".safetensors"
+"""What the name of an exported file ends in."""
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, its tensors still in the file.
+    """What a checkpoint holds, its tensors still in the file; of an exported file, its weights in the same layout.
 
     Raises:
-        ValueError: it is no checkpoint, or is damaged.
+        ValueError: it is no such file, or is damaged.
     """
+    is_exported = path.suffix == EXPORTED
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        saved["state_dict"].keys()
+        saved = _read_exported(path) if is_exported else _read_checkpoint(path)
     except Exception as error:  # a broken file can fail in any way that unpickling can
+        kind = "safetensors file" if is_exported else "checkpoint of this kit"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{path} is not a checkpoint of this kit, or it is damaged ({reason}); give another one, or delete it"
+            f"{path} is not a {kind}, or it is damaged ({reason}); give another one, or delete it"
         ) from error
     return saved
 
 
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    if wrong := checkpoint_io.damage(path):
+        raise ValueError(wrong)
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    saved["state_dict"].keys()
+    return saved
+
+
+def _read_exported(path: Path) -> dict[str, Any]:
+    return {"state_dict": {f"model.{name}": x for name, x in load_file(path).items()}}
+
+
 def load(network: nn.Module, source: Path) -> None:
-    """Load a network's weights, and nothing else, from a run directory or a checkpoint.
+    """Load a network's weights, and nothing else, from a run directory, a checkpoint or an exported file.
 
     Raises:
         ValueError: nothing is there, or the first parameters that do not fit are named.

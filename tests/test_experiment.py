@@ -64,10 +64,9 @@ def test_a_run_leaves_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -
     names = {path.name.split(".")[0] for path in run.iterdir()}
     assert names == {"recipe", "events", "metrics", "checkpoints", "summary"}
     assert recipe.to_dict(recipe.load(run / "recipe.yaml")) == recipe.to_dict(load())
-    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
-        "step_00000004.ckpt",
-        "step_00000006.ckpt",
-    ]
+    saved = {"step_00000004.ckpt", "step_00000006.ckpt"}
+    links = {"latest.ckpt", "best.ckpt"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {f"{x}.sha256" for x in saved} | saved | links
     summary = json.loads((run / "summary.json").read_text())
     tags = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "train/mfu", "val/loss"}
     tags |= {"val/perplexity", "val/bits_per_byte", "val/perplexity@8", "val/perplexity@32"}

@@ -1,4 +1,5 @@
-"""What watches a run: throughput, consumption, figures, the progress bar, the last values, the final validation."""
+"""What watches a run: throughput, consumption, figures, the progress bar, the last values, the final validation; and
+what keeps it from being lost: saving, random generators, the check for values that are not finite."""
 
 from __future__ import annotations
 
@@ -6,24 +7,33 @@ from longnet_kit.callbacks.attention_figures import AttentionPattern, BranchWeig
 from longnet_kit.callbacks.board import Board
 from longnet_kit.callbacks.consumption import Consumption, draw_again
 from longnet_kit.callbacks.final_validation import FinalValidation
+from longnet_kit.callbacks.generators import Generators
 from longnet_kit.callbacks.last_values import LastValues
+from longnet_kit.callbacks.non_finite import NonFinite, NonFiniteError
 from longnet_kit.callbacks.profile import Profile
 from longnet_kit.callbacks.progress import Bar, Lines, progress_bar
+from longnet_kit.callbacks.saving import MONITORED, SaveError, Saving
 from longnet_kit.callbacks.throughput import Throughput
 from longnet_kit.callbacks.validation_figures import LossByPosition, PerplexityByContext
 
 __all__ = [
+    "MONITORED",
     "AttentionPattern",
     "Bar",
     "Board",
     "BranchWeights",
     "Consumption",
     "FinalValidation",
+    "Generators",
     "LastValues",
     "Lines",
     "LossByPosition",
+    "NonFinite",
+    "NonFiniteError",
     "PerplexityByContext",
     "Profile",
+    "SaveError",
+    "Saving",
     "Throughput",
     "draw_again",
     "progress_bar",

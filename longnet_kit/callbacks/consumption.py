@@ -35,6 +35,7 @@ class Consumption(Callback):
 
     def __init__(self) -> None:
         self._tokens = 0
+        self._pending = 0
         self._peak = 0.0
         self._seconds = 0.0
         self._began: float | None = None
@@ -54,16 +55,22 @@ class Consumption(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._tokens += batch["tokens"].numel() * trainer.world_size
-        if trainer.fit_loop._should_accumulate() or not due(trainer, trainer.global_step):
+        self._pending += batch["tokens"].numel() * trainer.world_size
+        if trainer.fit_loop._should_accumulate():
+            return
+        self._tokens, self._pending = self._tokens + self._pending, 0  # of whole optimizer steps, as checkpoints are
+        if not due(trainer, trainer.global_step):
             return
         self._draw(trainer, "train/")
         if trainer.global_step < trainer.max_steps:  # else a validation follows, which counts
             self._record(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking and self._began is not None:
-            self._draw(trainer, "val/")
+        if trainer.sanity_checking or trainer.global_step == 0:
+            return
+        self._draw(trainer, "val/")
+        if self._began is None:  # the last validation of a run that was killed in it
+            self._record(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorded != trainer.global_step:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from longnet_kit import typed
+from longnet_kit import signals, typed
 from longnet_kit.data import cache, tokenizers
 from longnet_kit.data.errors import DataError
 from longnet_kit.data.sampling import PADDING, EvaluationSampler, Position, TrainingSampler
@@ -50,6 +51,12 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
     """A loader whose place in the data is restored by its data module; Lightning asks for these two methods."""
+
+    def _get_iterator(self) -> Any:
+        iterator = super()._get_iterator()
+        if self.num_workers > 0:  # they ignore the signal by which multiprocessing ends processes, see signals.ignore
+            weakref.finalize(iterator, _kill, list(iterator._workers))  # type: ignore[attr-defined]
+        return iterator
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: see `LanguageModelingData.state_dict`."""
@@ -233,6 +240,7 @@ class LanguageModelingData(LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=signals.ignore if self.num_workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -240,3 +248,8 @@ class LanguageModelingData(LightningDataModule):
         if self._cache is None:
             raise RuntimeError("the data is not open yet: call prepare_data() and setup() first")
         return self._cache
+
+
+def _kill(workers: Iterable[Any]) -> None:
+    for worker in workers:
+        worker.kill()

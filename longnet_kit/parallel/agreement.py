@@ -1,4 +1,4 @@
-"""Starting the processes of a run and letting the first of them decide for all."""
+"""Starting the processes of a run, letting the first of them decide for all, and finding out what any of them knows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from lightning import Trainer
 
 from longnet_kit.parallel.strategies import SequenceParallel
@@ -50,3 +52,14 @@ def _decided_by_the_first(trainer: Trainer, strategy: SequenceParallel, decide: 
     if not is_decided:
         sys.exit(2)
     return decided  # type: ignore[return-value]
+
+
+def greatest(trainer: Trainer, *values: int) -> list[int]:
+    """The greatest of each value over all ranks, which must all ask; no device waits for its work to be done."""
+    if trainer.world_size == 1:
+        return list(values)
+    strategy = trainer.strategy
+    assert isinstance(strategy, SequenceParallel)
+    greatest = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(greatest, dist.ReduceOp.MAX, group=strategy.control)
+    return greatest.tolist()

@@ -49,6 +49,10 @@ class SequenceParallel(Strategy):
     _timeout: timedelta | None
     _shard: ProcessShard | None = None
     _mesh: DeviceMesh | None = None
+    told_elsewhere: tuple[type[Exception], ...] = ()
+    """Errors that end all ranks alike, and of which somebody else tells the user."""
+    control: dist.ProcessGroup | None = None
+    """All ranks, for numbers in CPU memory; None before processes are connected."""
 
     @property
     def shard(self) -> ProcessShard:
@@ -95,6 +99,8 @@ class SequenceParallel(Strategy):
         device = self.root_device.type
         self._mesh = DeviceMesh.from_group(mine, device, places, mesh_dim_names=("data", "sequence"))
         self._shard = ProcessShard(places[dist.get_rank() // size].tolist(), mine[1], self._timeout)
+        on_cpu = dist.get_backend() == "gloo"
+        self.control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=self._timeout)  # type: ignore[assignment]
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -137,14 +143,14 @@ class SequenceParallel(Strategy):
     def on_exception(self, exception: BaseException) -> None:
         """Say which rank ends, and see to it that none of those that this job started stays behind."""
         super().on_exception(exception)
-        if isinstance(exception, Exception) and not isinstance(exception, ValueError):
+        if isinstance(exception, Exception) and not isinstance(exception, (ValueError, *self.told_elsewhere)):
             print(self._last_words(exception), file=sys.stderr, flush=True)
         for process in getattr(self.launcher, "procs", ()):
             try:
                 process.wait(_GRACE)
             except subprocess.TimeoutExpired:
                 process.kill()
-        if is_about_transfers(exception) and str(os.getppid()) == os.environ.get(_LAUNCHER):
+        if is_about_transfers(exception) and was_started_by_a_rank():
             _end_launcher(os.getppid())
 
     def _last_words(self, exception: BaseException) -> str:
@@ -191,6 +197,11 @@ class SequenceParallelStrategy(SequenceParallel, DDPStrategy):
         assert self.accelerator is not None
         self.accelerator.setup_device(self.root_device)
         self.setup_distributed()
+
+
+def was_started_by_a_rank() -> bool:
+    """Whether the first rank has started this process as another one."""
+    return str(os.getppid()) == os.environ.get(_LAUNCHER)
 
 
 def indivisible_world(size: int, world: int) -> str:

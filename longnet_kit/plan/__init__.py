@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longnet_kit.plan.estimate import Exchange, Plan, plan
+from longnet_kit.plan.estimate import Exchange, Plan, of, plan
 from longnet_kit.plan.text import render
 
-__all__ = ["Exchange", "Plan", "plan", "render"]
+__all__ = ["Exchange", "Plan", "of", "plan", "render"]

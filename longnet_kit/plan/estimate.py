@@ -19,6 +19,7 @@ import torch
 from longnet_kit import attention, experiment, placement, typed
 from longnet_kit.attention.patterns import Dilated
 from longnet_kit.model import compute_dtype
+from longnet_kit.out_of_memory import is_out_of_memory
 from longnet_kit.plan import machines, spread, step
 from longnet_kit.plan.machines import Machine
 from longnet_kit.plan.spread import Spread
@@ -131,20 +132,27 @@ def plan(
     if devices is not None and devices < 1:
         raise ValueError(f"devices is {devices}, expected a whole number of at least 1")
     r, assumed = spread.load(path, overrides, devices)
-    spread_ = spread.of(r)
     dtype = compute_dtype(placement.precision(r))
-    machine = machines.GPUS[gpu] if gpu else machines.here(dtype, spread_.devices)
-    made = _plan(r, spread_, machine, assumed)
+    machine = machines.GPUS[gpu] if gpu else machines.here(dtype, spread.of(r).devices)
+    made = of(r, machine, assumed)
     if not made.fits:
         made.changes.extend(_changes(path, overrides, made))
     return made
 
 
-def _plan(r: Recipe, s: Spread, machine: Machine, assumed: str) -> Plan:
+def of(r: Recipe, machine: Machine, assumed: str = "") -> Plan:
+    """Plan the run of a recipe on devices of a kind, as the recipe is.
+
+    Args:
+        assumed: how it was spread, in words; empty where it says so itself.
+    """
+    s = spread.of(r)
     rank, unknown = busiest(r, s), ""
     try:
         taken = step.run(r, s, rank, cuda=machine.is_cuda)
     except Exception as error:  # a backend of somebody else's may do anything with numbers that are not there
+        if is_out_of_memory(error):
+            raise
         taken = step.run(r, s, rank, cuda=machine.is_cuda, opaque=True)
         unknown = (
             f"the attention backend does not run without data ({type(error).__name__}); counted are its inputs and "
@@ -253,7 +261,7 @@ def _changes(path: str | Path, overrides: Sequence[str], made: Plan) -> list[tup
             changed = spread.load(path, [*kept, *items], None)[0]
         except ValueError:
             return False
-        plan_ = _plan(changed, spread.of(changed), made.machine, "")
+        plan_ = of(changed, made.machine)
         if plan_.peak < (found[-1][1] if found else made).peak:
             settings.update(named)
             told.update({"devices": total} if total else {})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import resource
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +45,13 @@ GPUS = {
 
 def here(dtype: torch.dtype, devices: int) -> Machine:
     """This machine's CPU, which `devices` processes share; its rate is measured for a moment."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
     rate = measured_flops(torch.device("cpu"), dtype) / devices
+    return dataclasses.replace(cpu(devices), flops={dtype: rate})
+
+
+def cpu(devices: int) -> Machine:
+    """The same, its rate unknown."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]  # of a process
     name = f"this CPU's share for one of {devices} processes" if devices > 1 else "this CPU"
-    return Machine(name, memory, {dtype: rate}, None, None, is_cuda=False)
+    return Machine(name, memory if limit < 0 else min(memory, limit), {}, None, None, is_cuda=False)

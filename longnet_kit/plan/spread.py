@@ -76,7 +76,7 @@ def load(path: str | Path, overrides: Sequence[str], devices: int | None) -> tup
     twice = sorted(keys & {"trainer.devices", "trainer.num_nodes", "trainer"})
     if twice:
         raise ValueError(f"devices={devices} and {twice[0]} both say how many devices there are; leave one of them out")
-    placed = [*overrides, *_placement(devices)]
+    placed = [*overrides, *on_nodes(devices)]
     size = "strategy.sequence_parallel_size"
     if any(key.startswith("strategy") for key in keys):
         own = recipe.load(path, placed)
@@ -102,7 +102,8 @@ def load(path: str | Path, overrides: Sequence[str], devices: int | None) -> tup
     return shared, f"strategy {divided}: all {devices} devices share a sequence"
 
 
-def _placement(devices: int) -> list[str]:
+def on_nodes(devices: int) -> list[str]:
+    """Overrides that give a run so many devices in all, on nodes of at most `NODE`."""
     per_node = next(d for d in range(min(NODE, devices), 0, -1) if devices % d == 0)
     return [f"trainer.devices={per_node}", f"trainer.num_nodes={devices // per_node}"]
 

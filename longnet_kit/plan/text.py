@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from longnet_kit.plan import estimate
 from longnet_kit.plan.estimate import Plan
+from longnet_kit.report.table import size
 
 _ORDER = ("parameters", "gradients", "gradients in DDP's buckets", "gathered by FSDP", "optimizer state", "metrics",
           "batch", "activations", "temporary")  # fmt: skip
@@ -22,13 +23,12 @@ def render(plan: Plan) -> str:
         "",
         "memory of a device, when most is allocated",
     ]
-    rows = sorted(plan.memory.items(), key=lambda row: _ORDER.index(row[0]) if row[0] in _ORDER else len(_ORDER))
-    lines += [f"  {name:<28} {_bytes(size):>10}" for name, size in rows if size >= 0.001 * plan.peak]
+    lines += memory_rows(plan)
     usable = estimate.USABLE_MEMORY * plan.machine.memory
     verdict = "fits" if plan.fits else "does not fit"
     lines += [
-        f"  {'peak':<28} {_bytes(plan.peak):>10}  {verdict}: {_bytes(usable)} usable of {_bytes(plan.machine.memory)}",
-        f"  {'(activations kept, in all)':<28} {_bytes(step.saved):>10}",
+        f"{memory_row('peak', plan.peak)}  {verdict}: {size(usable)} usable of {size(plan.machine.memory)}",
+        memory_row("(activations kept, in all)", step.saved),
         "",
         "work of a device in an optimizer step",
         f"  parameters of the model      {step.parameters:>10,}",
@@ -45,20 +45,30 @@ def render(plan: Plan) -> str:
     if s.shards > 1:
         per_layer = f"{e.elements_per_layer:,} elements"
         lines += [
-            f"  a layer's forward pass       {_bytes(e.forward_per_layer):>10}  {per_layer}",
-            f"  attention, a whole step      {_bytes(e.attention * plan.batches):>10}",
+            f"  a layer's forward pass       {size(e.forward_per_layer):>10}  {per_layer}",
+            f"  attention, a whole step      {size(e.attention * plan.batches):>10}",
             f"    by Ulysses instead         {_or_not(e.ulysses, plan):>10}",
-            f"    by a ring instead          {_bytes(e.ring * plan.batches):>10}",
+            f"    by a ring instead          {size(e.ring * plan.batches):>10}",
         ]
     if s.devices > 1:
         kind = "FSDP's gathers and scatters" if s.is_fsdp else "gradients, by DDP"
-        lines.append(f"  {kind:<28} {_bytes(e.weights):>10}  a step")
+        lines.append(f"  {kind:<28} {size(e.weights):>10}  a step")
     lines += ["", *_time(plan)]
     for words, changed in plan.changes:
-        lines.append(f"{'fits with' if changed.fits else 'less with'}   {words}: {_bytes(changed.peak)}")
+        lines.append(f"{'fits with' if changed.fits else 'less with'}   {words}: {size(changed.peak)}")
     if not plan.fits and not any(changed.fits for _, changed in plan.changes):
         lines.append("nothing that was tried fits: use a smaller model or a shorter sequence")
     return "\n".join(lines)
+
+
+def memory_rows(plan: Plan) -> list[str]:
+    """What memory holds when most is allocated, a line each; without what hardly counts."""
+    rows = sorted(plan.memory.items(), key=lambda row: _ORDER.index(row[0]) if row[0] in _ORDER else len(_ORDER))
+    return [memory_row(name, held) for name, held in rows if held >= 0.001 * plan.peak]
+
+
+def memory_row(name: str, held: int) -> str:
+    return f"  {name:<28} {size(held):>10}"
 
 
 def _ranks(plan: Plan) -> str:
@@ -84,28 +94,21 @@ def _time(plan: Plan) -> list[str]:
     ]
 
 
-def _or_not(size: int | None, plan: Plan) -> str:
-    if size is None:
+def _or_not(received: int | None, plan: Plan) -> str:
+    if received is None:
         return f"impossible: {plan.recipe.model.heads} heads"
-    return _bytes(size * plan.batches)
-
-
-def _bytes(size: float) -> str:
-    for unit, letters in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.4g} {letters}"
-    return f"{size:.0f} B"
+    return size(received * plan.batches)
 
 
 def _si(number: float) -> str:
-    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.4g} {letter}"
+    for unit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.4g} {letter}"
     return f"{number:.4g}"
 
 
 def _seconds(seconds: float) -> str:
-    for size, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {name}"
+    for unit, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.3g} {name}"
     return f"{seconds:.3g} s"

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import LightningModule
 from lightning.fabric.utilities.seed import reset_seed
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from longnet_kit.attention.sharding import bound
 from longnet_kit.model import Transformer
@@ -116,10 +115,9 @@ class LanguageModeling(LightningModule):
             self._weigh_by_tokens()
         step = self.trainer.global_step + 1
         if due(self.trainer, step):
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
             scalars = {
                 "train/loss": self._metrics["train"].compute(),
-                "train/grad_norm": _whole(nn.utils.get_total_norm(gradients)),
+                "train/grad_norm": optimization.gradient_norm(self),
                 "train/lr": optimizer.param_groups[0]["lr"],
             }
             record(self, scalars, step)
@@ -195,8 +193,3 @@ class LanguageModeling(LightningModule):
         for context in self.eval_contexts:
             scalars[f"{stage}/perplexity@{context}"] = self._metrics[f"@{context}"].compute().exp()
         record(self, scalars, self.trainer.global_step)
-
-
-def _whole(norm: Tensor) -> Tensor:
-    """A norm over all ranks' parts of the gradients, where they are sharded."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm

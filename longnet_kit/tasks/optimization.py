@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -63,6 +64,12 @@ def schedule(options: recipe.Optimizer, optimizer: Optimizer, max_steps: int) ->
         return shape(min(1.0, (step - warmup) / max(1, max_steps - warmup)))
 
     return LambdaLR(optimizer, factor)
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The 2-norm of all gradients of a model, a scalar; of all ranks' parts of them, where they are sharded."""
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def as_dict(options: recipe.Optimizer) -> dict[str, Any]:

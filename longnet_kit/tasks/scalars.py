@@ -27,8 +27,8 @@ def record(module: LightningModule, scalars: Mapping[str, Tensor | float], step:
     """
     trainer = module.trainer
     values = {tag: float(value) for tag, value in scalars.items()}
-    fitting = trainer.state.fn == TrainerFn.FITTING
-    # Outside fit Lightning writes them itself, and returns them from validate() and test().
+    fitting = trainer.state.fn == TrainerFn.FITTING or trainer.global_step > 0  # a training's last validation by itself
+    # Outside of a training Lightning writes them itself, and returns them from validate() and test().
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*but have no logger configured")
         module.log_dict(values, logger=not fitting, sync_dist=not trainer.training)

@@ -1,4 +1,5 @@
-"""A rank that dies or hangs brings the job down, with a message, within the timeout and 10 seconds."""
+"""A rank that dies or hangs brings the job down, with a message, within the timeout and 10 seconds; a signal to any rank
+ends the job at a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from longnet_kit import runs
 from tests.parallel import desk, ranks
 
 pytestmark = pytest.mark.timeout(300)
@@ -103,3 +106,24 @@ def test_a_lost_rank_ends_the_job(
     for process, rank in zip(job.started, (0, 1), strict=False):
         if job.is_gone(rank):
             assert process.wait() != 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks of a job in /proc")
+@pytest.mark.parametrize("by_command", [True, False], ids=["started by the command", "started by others"])
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_to_one_rank_ends_all_at_one_checkpoint(
+    asked: int, by_command: bool, jobs: Callable[[bool], Job]
+) -> None:
+    job = jobs(by_command)
+    os.kill(job.pids[asked], signal.SIGTERM)
+    wait_until(lambda: job.is_gone(0) and job.is_gone(1), TIMEOUT)
+    log = job.log.read_text()
+    run = job.log.parent / "runs/tiny/version_0"
+    saved = runs.checkpoint(run)
+    step = runs.step_of(saved)
+    assert f"longnet: SIGTERM ended the run after step {step}" in log
+    assert "Traceback" not in log and "another rank died" not in log
+    assert torch.load(saved, weights_only=True)["global_step"] == step
+    last = int(runs.metrics_until(run, 10**9)[-1]["step"])
+    assert step - 1 <= last <= step, "no step is lost; every second one is logged"
+    assert [process.wait() for process in job.started] == [143] * len(job.started)

@@ -1,0 +1,171 @@
+"""Training in a run directory: claiming it, going on from its checkpoint, and leaving it whole whatever happens."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from longnet_kit import callbacks, checkpoint_io, out_of_memory, recipe, resume, run_lock, runs, signals
+from longnet_kit.recipe import Recipe
+from longnet_kit.trainers import lightning_errors, progress, say, si
+
+Rows = list[dict[str, str]]
+
+
+def claim(r: Recipe, held: ExitStack) -> resume.Place:
+    """Where the run goes on or starts, its directory made and locked as long as `held` is open, its recipe in it."""
+    place = resume.find(r)
+    if place.is_finished:
+        return place
+    directory = place.directory or runs.claim(r.name)
+    if note := held.enter_context(run_lock.hold(directory)):
+        say(f"note: {note}")
+    if place.directory is not None:
+        place = resume.at(r, directory)  # what another process has done until it let go
+        if place.is_finished:
+            return place
+    (directory / runs.SUMMARY).unlink(missing_ok=True)
+    checkpoint_io.remove_staged(directory / runs.CHECKPOINTS)
+    for note in resume.set_damaged_aside(directory, place.ckpt):
+        say(f"note: {note}")
+    staged = directory / f".{runs.RECIPE}"
+    recipe.save(r, staged)
+    os.replace(staged, directory / runs.RECIPE)  # whoever finds a recipe finds a whole one
+    return place._replace(directory=directory, is_new=place.directory is None)
+
+
+def watchers(r: Recipe, listener: signals.Listener) -> list[Callback]:
+    """The callbacks of a training, in the order in which they must be called."""
+    generators = callbacks.Generators()
+    return [
+        generators,
+        callbacks.NonFinite(r.optimizer.max_skipped_steps),
+        callbacks.Throughput(),  # before the bar, which shows what it measured
+        callbacks.Consumption(),
+        *progress(r),
+        callbacks.AttentionPattern(),
+        callbacks.BranchWeights(),
+        callbacks.LossByPosition(),
+        callbacks.PerplexityByContext(),
+        callbacks.FinalValidation(),
+        *([callbacks.Profile()] if r.trainer.get("profiler") == "pytorch" else []),
+        callbacks.Saving(
+            every_n_steps=r.checkpoint.every_n_steps,
+            keep=r.checkpoint.keep,
+            keep_best=r.checkpoint.keep_best,
+            generators=generators,
+            listener=listener,
+        ),
+    ]
+
+
+def fit(
+    r: Recipe,
+    trainer: Trainer,
+    task: LightningModule,
+    datamodule: LightningDataModule,
+    place: resume.Place,
+    listener: signals.Listener,
+) -> Path:
+    """Train, and leave a checkpoint and a summary behind whatever happens.
+
+    Where the user's error comes before the first step, a new directory is removed: there was no run.
+    """
+    directory, ckpt = place.directory, place.ckpt
+    assert directory is not None
+    first_step, earlier = 0, []
+    if ckpt is not None:
+        first_step = int(torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        if trainer.is_global_zero:
+            earlier = runs.metrics_until(runs.of_checkpoint(ckpt), first_step)
+    validated: dict[int, float] = trainer.strategy.broadcast(_validations(earlier))
+    if ckpt is not None and runs.of_checkpoint(ckpt) != directory:
+        earlier = []  # of the run that this one is forked from
+    last_values = callbacks.LastValues(earlier)
+    trainer.loggers = [*_loggers(r, directory, earlier, None if place.is_new else first_step + 1), last_values]
+    saving = trainer.checkpoint_callback
+    assert isinstance(saving, callbacks.Saving)
+    saving.begin(directory / runs.CHECKPOINTS, validated)
+    say(f"{r.name}: {trainer.max_steps} steps into {directory}")
+    started, status = time.monotonic(), "failed"
+    try:
+        with lightning_errors(), listener.listening():
+            trainer.fit(task, datamodule=datamodule, ckpt_path=ckpt, weights_only=True)
+            status = "finished" if trainer.global_step >= trainer.max_steps else "stopped"
+            if status == "finished" and trainer.global_step == first_step and first_step not in validated:
+                trainer.validate(task, datamodule=datamodule, verbose=False)  # killed in its last validation
+    except signals.Interrupted as error:
+        status, error.directory = "stopped", directory
+        if error.signum == getattr(signal, "SIGUSR1", None) and trainer.is_global_zero:
+            signals.requeue(say, goes_on=r.resume == "auto")
+        raise
+    except callbacks.NonFiniteError as error:
+        newest = (runs.checkpoints(directory) or ["nothing: it was the first"])[-1]
+        raise callbacks.NonFiniteError(f"{error}. What was trained before it is {newest}") from error
+    except ValueError:
+        if trainer.is_global_zero and place.is_new and trainer.global_step <= first_step:
+            runs.discard(directory)
+        raise
+    except Exception as error:
+        if not out_of_memory.is_out_of_memory(error):
+            raise
+        raise ValueError(out_of_memory.advice(r, error, trainer.global_step + 1)) from error
+    finally:
+        if trainer.is_global_zero and directory.is_dir():
+            (directory / "hparams.yaml").unlink(missing_ok=True)  # the loggers', empty: recipe.yaml says it all
+            runs.write_summary(directory, status, last_values.values)
+    say(_closing_lines(directory, status, trainer.global_step, time.monotonic() - started, last_values.values))
+    return directory
+
+
+def _validations(rows: Rows) -> dict[int, float]:
+    return {int(row["step"]): float(row[callbacks.MONITORED]) for row in rows if callbacks.MONITORED in row}
+
+
+def _loggers(r: Recipe, directory: Path, earlier: Rows, purge_step: int | None) -> list[Logger]:
+    """TensorBoard and metrics.csv in the run directory; a resumed run goes on where its checkpoint stands.
+
+    Args:
+        earlier: the rows of metrics.csv up to there.
+        purge_step: the first step that TensorBoard is to forget; None for none.
+    """
+    board = callbacks.Board(directory, purge_step)
+    table = CSVLogger(directory.parent.parent, name=directory.parent.name, version=directory.name)
+    if rank_zero_only.rank == 0:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Experiment logs directory"
+            )  # it holds the recipe, and the rows kept here
+            table.experiment.metrics.extend(earlier)
+        board.describe(recipe.to_dict(r), recipe.dumps(r))
+        callbacks.draw_again(board, earlier)
+    return [board, table]
+
+
+def _closing_lines(directory: Path, status: str, steps: int, seconds: float, scalars: Mapping[str, float]) -> str:
+    """Which run it was, its numbers, and what to type next."""
+    tags = ("val/loss", "val/perplexity", "val/bits_per_byte", "train/loss", "train/tokens_per_second", "train/mfu")
+    numbers = "  ".join(f"{tag} {si(scalars[tag]) if scalars[tag] >= 1000 else f'{scalars[tag]:.3f}'}"
+                        for tag in tags if tag in scalars)  # fmt: skip
+    command = shlex.quote(os.environ.get("LONGNET_COMMAND", "longnet"))
+    return "\n".join(
+        [
+            f"{status}  {directory}: {steps} steps in {seconds:.0f} s",
+            f"          {numbers}",
+            f"next      {command} test {directory}",
+            f"          {command} compare {runs.ROOT}",
+            f"          {command} board",
+        ]
+    )

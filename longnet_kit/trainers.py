@@ -1,0 +1,96 @@
+"""The Trainer of a recipe, for training and for evaluation, and what its errors and its output are to the user."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import DoublePrecision
+from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
+
+from longnet_kit import callbacks, checkpoint_io, parallel, placement, recipe_schema
+from longnet_kit.parallel.strategies import SequenceParallel
+from longnet_kit.recipe import Recipe
+from longnet_kit.signals import Interrupted
+
+VALIDATIONS = 5
+"""How often a run validates when its recipe does not say."""
+
+
+def build(r: Recipe, watchers: list[Callback]) -> Trainer:
+    """Make the Trainer; from then on each process knows its rank. The step count is fixed: one epoch is the whole run.
+
+    Raises:
+        ValueError: the recipe's devices are not there, or Lightning refuses an argument.
+    """
+    arguments = dict(r.trainer)
+    batches = arguments["max_steps"] * arguments.get("accumulate_grad_batches", 1)
+    arguments.setdefault("val_check_interval", max(1, batches // VALIDATIONS))
+    if isinstance(arguments["val_check_interval"], int):
+        arguments["val_check_interval"] = min(arguments["val_check_interval"], batches)
+    if isinstance(arguments.get("devices"), list) and not placement.on_accelerator(r):
+        raise ValueError(f"trainer.devices: {recipe_schema.listed_on_cpu(arguments['devices'])}")
+    kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
+    kind = kinds.get(arguments.pop("profiler", None))  # pytorch's is a callback's work, see callbacks.Profile
+    placement.check_world(r)
+    strategy = placement.strategy(r)
+    plugins: list[Any] = [checkpoint_io.StagedCheckpointIO()]
+    if isinstance(strategy, parallel.SequenceParallelFSDPStrategy) and arguments.get("precision") == "64-true":
+        del arguments["precision"]  # Lightning takes it for a model-parallel strategy as a plugin only
+        plugins.append(DoublePrecision())
+    with lightning_errors():
+        trainer = Trainer(
+            **arguments,
+            strategy=strategy,
+            plugins=plugins,
+            callbacks=watchers,
+            logger=False,
+            profiler=kind(filename="profile") if kind else None,  # without a name it would write to a log
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+        )
+    if isinstance(trainer.strategy, SequenceParallel):
+        trainer.strategy.told_elsewhere = (Interrupted, callbacks.NonFiniteError)
+        try:
+            _ = trainer.strategy.sequence_parallel_size  # of devices that only the machine knows
+        except ValueError as error:
+            raise ValueError(f"strategy.sequence_parallel_size: {error}") from error
+    return trainer
+
+
+def progress(r: Recipe) -> list[Callback]:
+    """The progress bar, unless the recipe wants none."""
+    return [] if r.trainer.get("enable_progress_bar") is False else [callbacks.progress_bar()]
+
+
+@contextmanager
+def lightning_errors() -> Iterator[None]:
+    """What Lightning finds wrong with a configuration is the user's error too; its advertisements are not shown."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
+            yield
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
+
+
+def say(text: str) -> None:
+    """Print, on the first rank."""
+    if rank_zero_only.rank == 0:
+        print(text, flush=True)
+
+
+def si(number: float) -> str:
+    """1,234,567 as 1.23M."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"

@@ -1,0 +1,205 @@
+"""Kill trainings with SIGKILL at random moments, some in the middle of a save, let them go on, and hold each against
+one that nothing disturbed: losses and samples of every step, weights, optimizer, schedule, generators, bit for bit.
+
+    .venv/bin/python tools/soak_kills.py --kills 20 --saves 5 --workers 4
+
+It needs a system with fork: the processes to kill are made from one that has imported everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longnet_kit import checkpoint_io, experiment, recipe, runs
+from longnet_kit.tasks import LanguageModeling
+
+RECIPE = """
+name: soak
+model: {dim: 32, layers: 2, heads: 2, ffn_dim: 64, dropout: 0.1,
+        attention: {backend: dilated, segment_lengths: [16, 64], dilation_rates: [1, 2]}}
+data: {source: files, paths: [text.txt], tokenizer: bytes, seq_len: 64, batch_size: 2, eval_contexts: [16, 64]}
+optimizer: {lr: 3.0e-3, warmup_steps: 5}
+trainer: {max_steps: 40, accumulate_grad_batches: 2, limit_val_batches: 4, val_check_interval: 14, accelerator: cpu,
+          log_every_n_steps: 1, num_sanity_val_steps: 0, enable_progress_bar: false}
+checkpoint: {every_n_steps: 4, keep: 2}
+"""
+TIMED = {"train/seconds", "train/tokens_per_second", "train/mfu", "train/peak_memory"}
+STATES = ("state_dict", "optimizer_states", "lr_schedulers", "generators", "LanguageModelingData", "global_step")
+TRACE = "trace.txt"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=20, help="how many trainings are killed")
+    parser.add_argument("--saves", type=int, default=5, help="how many of them in the middle of a save")
+    parser.add_argument("--workers", type=int, default=0, help="data loader processes of each training")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        return soak(arguments.kills, arguments.saves, arguments.workers, random.Random(arguments.seed))
+
+
+def soak(kills: int, saves: int, workers: int, moments: random.Random) -> int:
+    """Kill, resume and compare; returns how many trainings differed."""
+    lay()
+    began = time.monotonic()
+    assert ended(train("whole", workers)) == 0, Path("whole.log").read_text()
+    seconds = time.monotonic() - began
+    whole = outcome("whole")
+    print(f"{workers} workers, undisturbed: {seconds:.1f} s, {len(whole['trace'])} batches")
+    wrong = 0
+    for number in range(kills):
+        name = f"killed_{number}"
+        if number < saves:
+            save, share = moments.randrange(1, 10), moments.random()
+            how = f"in save {save} at {share:.0%}"
+            pid = train(name, workers, lambda save=save, share=share: die_in_save(save, share))
+        else:
+            batch, delay = moments.randrange(len(whole["trace"])), moments.uniform(0, 2 * seconds / len(whole["trace"]))
+            how = f"{1000 * delay:.0f} ms after batch {batch}"
+            pid = train(name, workers)
+            wait_for(batch, Path(f"{name}.{TRACE}"))
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
+        code = ended(pid)
+        at = last_step(name)
+        resumed = ended(train(name, workers))
+        different = differences(whole, outcome(name)) if resumed == 0 else [Path(f"{name}.log").read_text()[-2000:]]
+        was_killed = code == -signal.SIGKILL
+        wrong += bool(different)
+        print(f"{how:<22} {'killed' if was_killed else 'had ended'}, checkpoint {at:>2}: "
+              f"{'; '.join(different) or 'identical'}", flush=True)  # fmt: skip
+    print(f"{kills - wrong} of {kills} are bit-identical to the undisturbed one")
+    return wrong
+
+
+def lay() -> None:
+    """A recipe and a text in the working directory."""
+    words = random.Random(0)
+    lines = (f"def f{words.randrange(99)}(x):\n    return x + {words.randrange(9)}\n" for _ in range(1500))
+    Path("text.txt").write_text("".join(lines))
+    Path("soak.yaml").write_text(RECIPE)
+    os.environ["LONGNET_CACHE"] = os.path.abspath("cache")
+
+
+def train(name: str, workers: int, prepare: Callable[[], None] = lambda: None) -> int:
+    """Start a training in a process of its own; returns the process's number."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        log = os.open(f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        trace(Path(f"{name}.{TRACE}"))
+        prepare()
+        experiment.run(recipe.load("soak.yaml", [f"name={name}", f"data.num_workers={workers}", "resume=auto"]))
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def trace(file: Path) -> None:
+    """Note each batch that is trained on: its step, its samples, its loss."""
+    step = LanguageModeling.training_step
+
+    def noted(self: LanguageModeling, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = step(self, batch, batch_idx)
+        with file.open("a") as out:
+            out.write(f"{self.trainer.global_step} {batch_idx}: {batch['index'].tolist()} {loss.item().hex()}\n")
+        return loss
+
+    LanguageModeling.training_step = noted  # type: ignore[method-assign]
+
+
+def die_in_save(number: int, share: float) -> None:
+    """Let a save be the last thing that this process does: it ends when a share of the file is written."""
+    saves, write = [0], checkpoint_io._Hashing.write
+    size = [0]
+
+    def fatal(self: checkpoint_io._Hashing, content: bytes) -> int:
+        if not hasattr(self, "seen"):
+            self.seen = 0  # type: ignore[attr-defined]
+            saves[0] += 1
+        if saves[0] == number and self.seen + len(content) > share * size[0]:  # type: ignore[attr-defined]
+            write(self, content[: len(content) // 2])
+            self.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.seen += len(content)  # type: ignore[attr-defined]
+        size[0] = max(size[0], self.seen)  # type: ignore[attr-defined]
+        return write(self, content)
+
+    checkpoint_io._Hashing.write = fatal  # type: ignore[method-assign]
+
+
+def wait_for(batch: int, file: Path) -> None:
+    """Wait until a training has come to a batch."""
+    while batch and not (file.exists() and file.read_bytes().count(b"\n") >= batch):
+        time.sleep(0.001)
+
+
+def ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def last_step(name: str) -> int:
+    found = runs.checkpoints(Path("runs", name, "version_0"))
+    return runs.step_of(found[-1]) if found else 0
+
+
+def outcome(name: str) -> dict[str, Any]:
+    """All that must not depend on what happened to a training."""
+    run = Path("runs", name, "version_0")
+    with (run / runs.METRICS).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    curves: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        for tag, value in row.items():
+            if value and tag != "step" and tag not in TIMED:
+                curves.setdefault(tag, []).append((row["step"], value))
+    saved = torch.load(runs.checkpoint(run), weights_only=True)
+    lines = Path(f"{name}.{TRACE}").read_text().splitlines()
+    return {
+        "curves": curves,
+        "trace": set(lines),  # what was trained on twice must have been the same twice
+        "checkpoints": [path.name for path in runs.checkpoints(run)],
+        "version": len(runs.versions(name)),
+    } | {key: saved[key] for key in STATES}
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [key for key in one if not same(one[key], other[key])]
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+if __name__ == "__main__":
+    sys.exit(min(1, main()))
