@@ -116,7 +116,7 @@ def _write(checkpoint: dict[str, Any], target: Path) -> None:
     with staged(target).open("wb") as file:
         hashing = _Hashing(file)
         try:
-            torch.save(checkpoint, hashing)
+            torch.save(checkpoint, hashing)  # type: ignore[arg-type]  (what it needs of a file is write and flush)
         except RuntimeError as error:
             raise hashing.failure or error from error
         file.flush()

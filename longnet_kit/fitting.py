@@ -6,16 +6,15 @@ import os
 import shlex
 import signal
 import time
-import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 
 from longnet_kit import callbacks, checkpoint_io, out_of_memory, recipe, resume, run_lock, runs, signals
 from longnet_kit.recipe import Recipe
@@ -36,13 +35,14 @@ def claim(r: Recipe, held: ExitStack) -> resume.Place:
         place = resume.at(r, directory)  # what another process has done until it let go
         if place.is_finished:
             return place
-    (directory / runs.SUMMARY).unlink(missing_ok=True)
-    checkpoint_io.remove_staged(directory / runs.CHECKPOINTS)
-    for note in resume.set_damaged_aside(directory, place.ckpt):
-        say(f"note: {note}")
-    staged = directory / f".{runs.RECIPE}"
-    recipe.save(r, staged)
-    os.replace(staged, directory / runs.RECIPE)  # whoever finds a recipe finds a whole one
+    with _writing_to(directory):
+        (directory / runs.SUMMARY).unlink(missing_ok=True)
+        checkpoint_io.remove_staged(directory / runs.CHECKPOINTS)
+        for note in resume.set_damaged_aside(directory, place.ckpt):
+            say(f"note: {note}")
+        staged = directory / f".{runs.RECIPE}"
+        recipe.save(r, staged)
+        os.replace(staged, directory / runs.RECIPE)  # whoever finds a recipe finds a whole one
     return place._replace(directory=directory, is_new=place.directory is None)
 
 
@@ -94,7 +94,8 @@ def fit(
     if ckpt is not None and runs.of_checkpoint(ckpt) != directory:
         earlier = []  # of the run that this one is forked from
     last_values = callbacks.LastValues(earlier)
-    trainer.loggers = [*_loggers(r, directory, earlier, None if place.is_new else first_step + 1), last_values]
+    with _writing_to(directory):
+        trainer.loggers = [*_loggers(r, directory, earlier, None if place.is_new else first_step + 1), last_values]
     saving = trainer.checkpoint_callback
     assert isinstance(saving, callbacks.Saving)
     saving.begin(directory / runs.CHECKPOINTS, validated)
@@ -124,10 +125,22 @@ def fit(
         raise ValueError(out_of_memory.advice(r, error, trainer.global_step + 1)) from error
     finally:
         if trainer.is_global_zero and directory.is_dir():
-            (directory / "hparams.yaml").unlink(missing_ok=True)  # the loggers', empty: recipe.yaml says it all
-            runs.write_summary(directory, status, last_values.values)
+            try:
+                runs.write_summary(directory, status, last_values.values)
+            except OSError as error:
+                say(f"note: {directory / runs.SUMMARY} cannot be written ({error.strerror})")
     say(_closing_lines(directory, status, trainer.global_step, time.monotonic() - started, last_values.values))
     return directory
+
+
+@contextmanager
+def _writing_to(directory: Path) -> Iterator[None]:
+    """A directory that cannot be written when a run starts is the user's error."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{directory} cannot be written ({reason}); make room there, or allow writing") from error
 
 
 def _validations(rows: Rows) -> dict[int, float]:
@@ -142,13 +155,8 @@ def _loggers(r: Recipe, directory: Path, earlier: Rows, purge_step: int | None) 
         purge_step: the first step that TensorBoard is to forget; None for none.
     """
     board = callbacks.Board(directory, purge_step)
-    table = CSVLogger(directory.parent.parent, name=directory.parent.name, version=directory.name)
+    table = callbacks.MetricsTable(directory / runs.METRICS, earlier)
     if rank_zero_only.rank == 0:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Experiment logs directory"
-            )  # it holds the recipe, and the rows kept here
-            table.experiment.metrics.extend(earlier)
         board.describe(recipe.to_dict(r), recipe.dumps(r))
         callbacks.draw_again(board, earlier)
     return [board, table]

@@ -9,6 +9,7 @@ from longnet_kit.callbacks.consumption import Consumption, draw_again
 from longnet_kit.callbacks.final_validation import FinalValidation
 from longnet_kit.callbacks.generators import Generators
 from longnet_kit.callbacks.last_values import LastValues
+from longnet_kit.callbacks.metrics_table import MetricsTable
 from longnet_kit.callbacks.non_finite import NonFinite, NonFiniteError
 from longnet_kit.callbacks.profile import Profile
 from longnet_kit.callbacks.progress import Bar, Lines, progress_bar
@@ -28,6 +29,7 @@ __all__ = [
     "LastValues",
     "Lines",
     "LossByPosition",
+    "MetricsTable",
     "NonFinite",
     "NonFiniteError",
     "PerplexityByContext",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,7 @@ import torch
 from lightning import Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from longnet_kit import __version__
 from longnet_kit.dotted import leaves
@@ -44,6 +48,10 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 }
 """The CUSTOM SCALARS tab: chart titles by category, each with the tags that it draws, as regular expressions."""
 
+ROOM = 1 << 20
+"""Bytes that must be free where events are written."""
+RETRY = 60.0
+"""Seconds after which writing is tried again where it has failed although there was room."""
 
 _SESSION = ".session"
 """Ending of the event files that hold a session of the HPARAMS tab."""
@@ -66,6 +74,8 @@ class Board(TensorBoardLogger):
         place = {"name": directory.parent.name, "version": directory.name}
         super().__init__(directory.parent.parent, **place, default_hp_metric=False, **purge)  # type: ignore[arg-type]
         self._is_described = False
+        self._unwritten: list[tuple[dict[str, float], int | None]] = []
+        self._failed: float | None = None  # when, while it cannot be written
 
     @rank_zero_only
     def describe(self, hyper_parameters: Mapping[str, Any], recipe: str) -> None:
@@ -103,14 +113,63 @@ class Board(TensorBoardLogger):
                 "STATUS_SUCCESS" if status == "success" else "STATUS_FAILURE"
             )
             session.session_end_info.end_time_secs = time.time()
-            self._write_session(metadata.SESSION_END_INFO_TAG, session)
+            if self.is_writable():
+                with suppress(OSError):
+                    self._write_session(metadata.SESSION_END_INFO_TAG, session)
             self._is_described = False
-        super().finalize(status)
+        with suppress(OSError):
+            super().finalize(status)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Note scalars; `save` writes them."""
+        self._unwritten.append((dict(metrics), step))
 
     @rank_zero_only
     def save(self) -> None:
-        """Flush what was logged; a file of hyper-parameters, Lightning's habit, would repeat the run's recipe."""
-        self.experiment.flush()
+        """Write and flush what was logged; a file of hyper-parameters, Lightning's habit, would repeat the recipe.
+
+        What cannot be written is told of once, kept, and tried again the next time.
+        """
+        if not self.is_writable():
+            return
+        try:
+            writer = self.experiment
+            for metrics, step in self._unwritten:
+                for tag, value in metrics.items():
+                    writer.add_scalar(tag, float(value), step)
+            writer.flush()
+        except OSError as error:
+            self.give_up(error)
+            return
+        self._unwritten, self._failed = [], None
+
+    def is_writable(self) -> bool:
+        """Whether events can be written: there is room, and the last failure is not of just now.
+
+        It is asked first, since TensorBoard writes in a thread, which ends in a traceback and leaves empty files.
+        """
+        if shutil.disk_usage(self.log_dir).free < ROOM:
+            self._fail("no space left on device")
+            return False
+        return self._failed is None or time.monotonic() - self._failed > RETRY
+
+    def give_up(self, error: OSError) -> None:
+        """Leave an event file that cannot be written; another is begun when that may have changed."""
+        self._fail(error.strerror or str(error))
+        self._failed = time.monotonic()
+        with suppress(OSError):
+            if self._experiment is not None:
+                self._experiment.close()
+        self._experiment = None
+        self._kwargs.pop("purge_step", None)  # the new file is not to hide what the old one holds
+
+    def _fail(self, reason: str) -> None:
+        if self._failed is None:
+            rank_zero_warn(
+                f"{self.log_dir}: TensorBoard's events cannot be written ({reason}); scalars are kept until they can be"
+            )
+            self._failed = -math.inf
 
     def _write_session(self, tag: str, session: Any) -> None:
         """Write into a file of its own, which a resumed run can replace: TensorBoard shows the first that it finds."""
@@ -134,7 +193,12 @@ def draw(trainer: Trainer, tag: str, figure: Figure) -> None:
     """Put a figure into TensorBoard, at the optimizer step where the run is."""
     image = figures.pixels(figure)
     for board in boards(trainer):
-        board.experiment.add_image(tag, image, trainer.global_step, dataformats="HWC")
+        if not board.is_writable():
+            continue
+        try:
+            board.experiment.add_image(tag, image, trainer.global_step, dataformats="HWC")
+        except OSError as error:  # the writer of the file has failed before
+            board.give_up(error)
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:

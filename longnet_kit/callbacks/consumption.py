@@ -93,10 +93,10 @@ class Consumption(Callback):
 
     def _draw(self, trainer: Trainer, stage: str) -> None:
         values = {tag: trainer.callback_metrics[tag] for tag in VS_TOKENS if tag in trainer.callback_metrics}
+        own = {f"vs_tokens/{tag}": float(value) for tag, value in values.items() if tag.startswith(stage)}
         for board in boards(trainer):
-            for tag, value in values.items():
-                if tag.startswith(stage):
-                    board.experiment.add_scalar(f"vs_tokens/{tag}", float(value), self._tokens)
+            board.log_metrics(own, self._tokens)
+            board.save()
 
 
 def draw_again(board: Board, rows: Iterable[Mapping[str, str]]) -> None:

@@ -110,33 +110,39 @@ class NonFinite(Callback):
         return f"{first.place} (samples {shown or 'without an index'})"
 
     def _look(self, module: LightningModule) -> Finding:
-        """Find the first value that is not finite: in the batches, in a forward pass, in the gradients."""
+        """Find the first value that is not finite: in the batches, in a forward pass, in the gradients.
+
+        All batches go through whatever is found, since ranks that share a sequence do that together.
+        """
         places = [name for name, _ in module.named_modules()]
+        found: list[Finding] = []
         generators.set_states(self._began)
         for number, (batch, batch_idx) in enumerate(self._batches):
-            first_of_batch = number * (len(places) + 2)
-            samples = _samples(batch)
-            if any(x.is_floating_point() and not bool(x.isfinite().all()) for x in tensors(batch)):
-                return Finding(first_of_batch, "the input is not finite", samples)
-            layer = _first_layer(module, batch, batch_idx)
-            if layer is not None:
+            first_of_batch, samples = number * (len(places) + 2), _samples(batch)
+            layer, again = _first_layer(module, batch, batch_idx)
+            if any(x.is_floating_point() and not _is_finite(x) for x in tensors(batch)):
+                found.append(Finding(first_of_batch, "the input is not finite", samples))
+            elif layer is not None:
                 name, word = layer
-                return Finding(first_of_batch + 1 + places.index(name), f"the output of {name} is {word}", samples)
-            if not bool(self._losses[number].isfinite().all()):
-                word = _word(self._losses[number])
-                where = "behind the last layer, whose output is finite"
-                return Finding(first_of_batch + 1 + len(places), f"the loss is {word}, {where}", samples)
+                found.append(
+                    Finding(first_of_batch + 1 + places.index(name), f"the output of {name} is {word}", samples)
+                )
+            elif not _is_finite(self._losses[number]):
+                where = "every layer's output is finite" + (" when the step is repeated" if _is_finite(again) else "")
+                told = f"the loss is {_word(self._losses[number])}, but {where}"
+                found.append(Finding(first_of_batch + 1 + len(places), told, samples))
         wrong = [n for n, p in module.named_parameters() if p.grad is not None and not _is_finite(_local(p.grad))]
         samples = sorted({i for batch, _ in self._batches for i in _samples(batch)})
-        if not wrong:
-            return Finding(NOWHERE, "a value is not finite, but not when the step is repeated", samples)
-        last = max(wrong, key=lambda name: places.index(name.rpartition(".")[0]))
-        order = NOWHERE - 1 - places.index(last.rpartition(".")[0])  # a backward pass meets the last layer first
-        return Finding(order, f"the loss is finite, but the gradient of {last} is not", samples)
+        if wrong:
+            last = max(wrong, key=lambda name: places.index(name.rpartition(".")[0]))
+            order = NOWHERE - 1 - places.index(last.rpartition(".")[0])  # a backward pass meets the last layer first
+            found.append(Finding(order, f"the loss is finite, but the gradient of {last} is not", samples))
+        found.append(Finding(NOWHERE, "a value is not finite, but not when the step is repeated", samples))
+        return found[0]
 
 
-def _first_layer(module: LightningModule, batch: Any, batch_idx: int) -> tuple[str, str] | None:
-    """The first layer whose output is not finite when a batch goes through, and what it is instead.
+def _first_layer(module: LightningModule, batch: Any, batch_idx: int) -> tuple[tuple[str, str] | None, Tensor]:
+    """The first layer whose output is not finite when a batch goes through, and what it is instead; and the loss.
 
     What has overflowed inside a layer shows in its parts first, as they are done first.
     """
@@ -154,11 +160,11 @@ def _first_layer(module: LightningModule, batch: Any, batch_idx: int) -> tuple[s
     ]
     try:
         with torch.no_grad():
-            module.training_step(batch, batch_idx)
+            output: Any = module.training_step(batch, batch_idx)
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return found[0] if found else None, output["loss"] if isinstance(output, dict) else output
 
 
 def _with_gradient(module: nn.Module) -> Iterator[nn.Parameter]:
