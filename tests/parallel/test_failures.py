@@ -1,5 +1,5 @@
-"""A rank that dies or hangs brings the job down, with a message, within the timeout and 10 seconds; a signal to any rank
-ends the job at a checkpoint."""
+"""A rank that dies or hangs brings the job down, with a message, within the timeout and 10 seconds; a signal to any
+rank ends the job at a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,0 +1,232 @@
+"""What a run meets on its disk: damage, leftovers, kills, files that are no checkpoints. It is told."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longnet_kit import checkpoint_io, cli, data, experiment, recipe, runs
+from longnet_kit.callbacks import MetricsTable
+from longnet_kit.data import cache
+
+ROOT = Path(__file__).parents[1]
+FLIPS = 50
+RECIPE = """
+name: tiny
+model: {dim: 16, layers: 1, heads: 2, ffn_dim: 32, attention: {backend: sdpa}}
+data: {source: files, paths: [text.txt], tokenizer: bytes, seq_len: 32, batch_size: 2}
+trainer: {max_steps: 6, limit_val_batches: 1, num_sanity_val_steps: 0, log_every_n_steps: 1, accelerator: cpu,
+          enable_progress_bar: false}
+checkpoint: {every_n_steps: 2, keep: 3, keep_best: false}
+"""
+
+
+@pytest.fixture(autouse=True)
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LONGNET_CACHE", str(tmp_path / "cache"))
+    words = random.Random(0)
+    Path("text.txt").write_text("".join(f"f{words.randrange(99)} = {words.randrange(9)}\n" for _ in range(900)))
+    Path("tiny.yaml").write_text(RECIPE)
+
+
+def load(*overrides: str) -> recipe.Recipe:
+    return recipe.load("tiny.yaml", list(overrides))
+
+
+def flip(file: Path, places: random.Random) -> bytes:
+    """Change one bit of a file; returns what it was."""
+    sound = file.read_bytes()
+    changed = bytearray(sound)
+    changed[places.randrange(len(sound))] ^= 1 << places.randrange(8)
+    put(file, bytes(changed))
+    return sound
+
+
+def put(file: Path, content: bytes) -> None:
+    """Write a file so that its time differs, as that of a file that was changed does."""
+    before = file.stat().st_mtime_ns
+    file.write_bytes(content)
+    os.utime(file, ns=(before + 10**6, before + 10**6))
+
+
+def test_every_flipped_bit_of_a_shard_is_found_and_its_file_named() -> None:
+    """Before a batch that holds it is handed out; in the manifest, when the cache is opened."""
+    experiment.build_data(load()).prepare_data()
+    (folder,) = (path for path in cache.directory().iterdir() if path.is_dir())
+    files, places, found = sorted(folder.iterdir()), random.Random(0), 0
+    assert [file.suffix for file in files] == [".json", ".bin", ".bin", ".bin"]
+    for number in range(FLIPS):
+        file = files[number % len(files)]
+        sound = flip(file, places)
+        try:
+            opened = cache.TokenCache(folder)
+            for split in opened.splits.values():
+                split.read(0, len(split))
+        except data.DataError as error:
+            found += str(file) in str(error) and "delete" in str(error)
+        put(file, sound)
+    assert found == FLIPS
+    assert len(cache.TokenCache(folder).splits) == 3
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_found_and_its_file_named(capsys: pytest.CaptureFixture[str]) -> None:
+    run = experiment.run(load())
+    places, found = random.Random(1), 0
+    for number in range(FLIPS):
+        file = runs.checkpoints(run)[number % 3]
+        sound = flip(file, places)
+        capsys.readouterr()
+        code = cli.main(["fit", "tiny.yaml", "name=fork", f"resume={file}", "trainer.max_steps=20"])
+        told = capsys.readouterr().err
+        found += code == cli.USER_ERROR and str(file) in told and "Traceback" not in told
+        put(file, sound)
+    assert found == FLIPS
+    assert not Path("runs/fork").exists()
+    for verb in (["validate", str(run)], ["fit", "tiny.yaml", "name=tuned", f"init_from={run}"]):
+        flip(runs.checkpoint(run), places)
+        assert cli.main(verb) == cli.USER_ERROR
+        assert str(runs.checkpoint(run)) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["bit", "cut", "empty", "no checksum"])
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_sound(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    constant = "optimizer.schedule=constant"
+    whole = experiment.run(load("name=whole", "trainer.max_steps=8", constant))
+    run = experiment.run(load(constant))
+    newest = runs.checkpoint(run)
+    content = newest.read_bytes()
+    {
+        "bit": lambda: flip(newest, random.Random(0)),
+        "cut": lambda: put(newest, content[:-1]),
+        "empty": lambda: put(newest, b""),
+        "no checksum": lambda: (
+            checkpoint_io.checksum_file(newest).unlink(),
+            put(newest, content[: len(content) // 2]),
+        ),
+    }[kind]()
+    capsys.readouterr()
+    again = experiment.run(load("resume=auto", "trainer.max_steps=8", constant))
+    told = capsys.readouterr().out
+    assert again == run and f"{newest} is damaged" in told and "goes on from step_00000004.ckpt" in told
+    ours, theirs = (torch.load(runs.checkpoint(x), weights_only=True) for x in (run, whole))
+    assert ours["global_step"] == theirs["global_step"] == 8
+    assert all(torch.equal(ours["state_dict"][name], weight) for name, weight in theirs["state_dict"].items())
+    assert newest.with_name(f"{newest.name}.damaged").exists()
+    assert newest.exists() and checkpoint_io.damage(newest) == ""  # it was written again
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_starts_again_in_its_directory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = experiment.run(load())
+    first = torch.load(runs.checkpoint(run), weights_only=True)["state_dict"]
+    for checkpoint in runs.checkpoints(run):
+        put(checkpoint, b"")
+    (run / runs.SUMMARY).unlink()  # else it has finished, and nothing is to do
+    capsys.readouterr()
+    assert experiment.run(load("resume=auto")) == run
+    assert capsys.readouterr().out.count("goes on from the start") == 3
+    again = torch.load(runs.checkpoint(run), weights_only=True)["state_dict"]
+    assert all(torch.equal(again[name], weight) for name, weight in first.items())
+
+
+def test_a_malicious_checkpoint_never_executes(capsys: pytest.CaptureFixture[str]) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return (exec, ("open('executed', 'w')",))
+
+    run = experiment.run(load())
+    checkpoint = runs.checkpoint(run)
+    for with_checksum in (True, False):
+        content = torch.load(checkpoint, weights_only=True) if with_checksum else {}
+        checkpoint_io.remove(checkpoint)
+        io = checkpoint_io.StagedCheckpointIO()
+        io.save_checkpoint({**content, "state_dict": Payload(), "global_step": 6}, checkpoint)
+        if not with_checksum:
+            checkpoint_io.checksum_file(checkpoint).unlink()
+        for argv in (
+            ["fit", "tiny.yaml", "resume=auto", "trainer.max_steps=9"],
+            ["fit", "tiny.yaml", f"resume={checkpoint}", "name=fork"],
+            ["fit", "tiny.yaml", f"init_from={checkpoint}", "name=tuned"],
+            ["validate", str(run)],
+            ["test", str(run)],
+            ["export", str(run), "out.safetensors"],
+        ):
+            capsys.readouterr()
+            assert cli.main(argv) == cli.USER_ERROR, argv
+            assert str(checkpoint) in capsys.readouterr().err
+    assert not Path("executed").exists() and not Path("out.safetensors").exists()
+
+
+def test_a_damaged_shard_ends_the_run_at_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    """With and without loader processes, in the same words."""
+    experiment.build_data(load()).prepare_data()
+    (folder,) = (path for path in cache.directory().iterdir() if path.is_dir())
+    (shard,) = folder.glob("train-*.bin")
+    flip(shard, random.Random(0))
+    told = []
+    for workers in (0, 2):
+        capsys.readouterr()
+        assert cli.main(["fit", "tiny.yaml", f"data.num_workers={workers}", f"name=w{workers}"]) == cli.USER_ERROR
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1] and str(shard) in told[0] and len(told[0].splitlines()) == 1
+
+
+def test_a_kill_right_after_a_run_was_taken_up_loses_none_of_its_rows() -> None:
+    run = experiment.run(load())
+    before = runs.metrics_until(run, 100)
+    MetricsTable(run / runs.METRICS, runs.metrics_until(run, 4))  # and nothing after it
+    assert runs.metrics_until(run, 100) == [row for row in before if int(row["step"]) <= 4]
+
+
+def test_nothing_of_a_cut_off_save_stays() -> None:
+    run = experiment.run(load())
+    folder = run / runs.CHECKPOINTS
+    for name in (".step_00000008.ckpt", ".step_00000008.ckpt.sha256", "step_00000008.ckpt.sha256", ".latest.ckpt.link"):
+        (folder / name).write_bytes(b"half")
+    experiment.run(load("resume=auto", "trainer.max_steps=7"))
+    assert not list(folder.glob(".*"))
+    assert not (folder / "step_00000008.ckpt.sha256").exists()
+
+
+def tool(name: str, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
+def test_interrupted_saves_leave_a_checkpoint_that_loads() -> None:
+    assert "100 of 100 interrupted saves left latest.ckpt loadable" in tool("soak_saves.py", "--saves", "100")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
+@pytest.mark.parametrize("workers", ["0", "4"])
+def test_killed_runs_go_on_as_if_nothing_had_been(workers: str) -> None:
+    told = tool("soak_kills.py", "--kills", "3", "--saves", "1", "--workers", workers, "--seed", workers)
+    assert "3 of 3 are bit-identical to the undisturbed one" in told
+
+
+def test_a_directory_that_cannot_be_written_is_the_users_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(recipe, "save", full)
+    assert cli.main(["fit", "tiny.yaml"]) == cli.USER_ERROR
+    told = capsys.readouterr().err
+    assert "runs/tiny/version_0 cannot be written (No space left on device)" in told
+    shutil.rmtree("runs", ignore_errors=True)
