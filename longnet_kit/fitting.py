@@ -108,7 +108,7 @@ def fit(
             if status == "finished" and trainer.global_step == first_step and first_step not in validated:
                 trainer.validate(task, datamodule=datamodule, verbose=False)  # killed in its last validation
     except signals.Interrupted as error:
-        status, error.directory = "stopped", directory
+        status, error.checkpoint = "stopped", next(reversed(runs.checkpoints(directory)), None)
         if error.signum == getattr(signal, "SIGUSR1", None) and trainer.is_global_zero:
             signals.requeue(say, goes_on=r.resume == "auto")
         raise

@@ -39,12 +39,14 @@ class Interrupted(Exception):
         super().__init__(signum, step)
         self.signum = signum
         self.step = step
-        self.directory: Path | None = None
-        """The run directory, once known."""
+        self.checkpoint: Path | None = None
+        """Where it goes on; None where nothing is saved."""
 
     def __str__(self) -> str:
-        name = signal.Signals(self.signum).name
-        return f"{name} ended the run after step {self.step}; it is saved in {self.directory}, resume=auto goes on"
+        told = f"{signal.Signals(self.signum).name} ended the run after step {self.step}"
+        if self.checkpoint is None:
+            return f"{told}; nothing of it is saved"
+        return f"{told}; resume=auto goes on from {self.checkpoint}"
 
 
 class Listener:

@@ -87,7 +87,8 @@ def test_a_signal_saves_and_ends_the_run(number: str, code: int, start: Callable
     found, output = run.ended()
     assert found == code, output
     assert run.saved() == run.logged(), "no step is lost"
-    assert f"longnet: {number} ended the run after step {run.saved()}" in output and "resume=auto" in output
+    assert f"longnet: {number} ended the run after step {run.saved()}" in output
+    assert f"resume=auto goes on from {runs.checkpoint(run.directory).relative_to(run.directory.parents[2])}" in output
     assert "Traceback" not in output
     assert runs.read_summary(run.directory)["status"] == "stopped"
 

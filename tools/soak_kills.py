@@ -1,5 +1,6 @@
 """Kill trainings with SIGKILL at random moments, some in the middle of a save, let them go on, and hold each against
-one that nothing disturbed: losses and samples of every step, weights, optimizer, schedule, generators, bit for bit.
+one that nothing disturbed: losses and samples of every step, weights, optimizer, schedule, generators, bit for bit;
+and the curves in metrics.csv and TensorBoard, point for point.
 
     .venv/bin/python tools/soak_kills.py --kills 20 --saves 5 --workers 4
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from longnet_kit import checkpoint_io, experiment, recipe, runs
 from longnet_kit.tasks import LanguageModeling
@@ -177,10 +179,13 @@ def outcome(name: str) -> dict[str, Any]:
         for tag, value in row.items():
             if value and tag != "step" and tag not in TIMED:
                 curves.setdefault(tag, []).append((row["step"], value))
+    board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    drawn = {tag: board.Scalars(tag) for tag in board.Tags()["scalars"] if tag not in TIMED}
     saved = torch.load(runs.checkpoint(run), weights_only=True)
     lines = Path(f"{name}.{TRACE}").read_text().splitlines()
     return {
         "curves": curves,
+        "board": {tag: [(event.step, event.value) for event in events] for tag, events in drawn.items()},
         "trace": set(lines),  # what was trained on twice must have been the same twice
         "checkpoints": [path.name for path in runs.checkpoints(run)],
         "version": len(runs.versions(name)),

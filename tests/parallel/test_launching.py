@@ -91,7 +91,7 @@ def test_data_parallel_runs_see_the_same_batches(strategy: str, folder: Path, al
 
 def test_a_run_goes_on_with_other_processes(folder: Path, alone: dict[str, float]) -> None:
     """Two ranks, then one, then two under FSDP, in one directory."""
-    longer = ["optimizer.schedule=constant", "trainer.val_check_interval=6"]
+    longer = ["optimizer.schedule=constant", "trainer.val_check_interval=6", "model.dropout=0.1"]
     desk.longnet(folder, "fit", "tiny.yaml", *longer, "name=whole", "trainer.devices=1", "strategy.name=auto")
     desk.longnet(folder, "fit", "tiny.yaml", *longer, "trainer.max_steps=2")
     desk.longnet(
