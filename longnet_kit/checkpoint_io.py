@@ -105,6 +105,8 @@ def _damage(file: Path, size: int, changed: int) -> str:
         return "" if actual == expected else f"it is not the file that {checksum_file(file).name} was written for"
     try:
         with zipfile.ZipFile(file) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                return "it is a compressed archive, which no checkpoint is"
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         return f"it is cut off or no checkpoint at all: {error}"

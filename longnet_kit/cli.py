@@ -323,7 +323,7 @@ def _add_comparison(compare: argparse.ArgumentParser) -> None:
 
 def _is_ours(error: ValueError) -> bool:
     """Whether the kit raised the error, which then says what the user did; a library's own is a fault."""
-    if type(error).__module__.startswith("longnet_kit."):
+    if isinstance(error, UsageError) or type(error).__module__.startswith("longnet_kit."):
         return True  # one of our own may have been raised again by others, like those of a data loader's process
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -39,7 +39,9 @@ def export(run: str | Path, output: str | Path, checkpoint: str | Path | None = 
         raise ValueError(f"output {output}: the name must end in {weights.EXPORTED}")
     table.check_place("output", output)
     path = _find(Path(run), None if checkpoint is None else Path(checkpoint))
-    directory = path.parent.parent
+    if wrong := checkpoint_io.damage(path):
+        raise ValueError(f"{path} is damaged ({wrong}); name another one with --checkpoint")
+    directory = runs.of_checkpoint(path)
     saved = weights.read(path)
     tensors, step = _weights(path, saved), int(saved["global_step"])
     metadata = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from pathlib import Path
@@ -30,7 +29,7 @@ from longnet_kit.recipe_schema import (
     Strategy,
     names,
 )
-from longnet_kit.recipe_yaml import Dumper, Problem
+from longnet_kit.recipe_yaml import Dumper, Excess, Problem
 
 __all__ = [
     "Checkpoint", "Data", "Model", "Optimizer", "Recipe", "RecipeError", "Strategy", "dumps", "load",
@@ -71,7 +70,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(subject, problems)
     layers = [*files, dotlist]
     merged = reduce(overlay, (layer.values for layer in layers), defaults())
-    merged, wrong = interpolation.resolve(merged)
+    try:
+        merged, wrong = interpolation.resolve(merged)
+        merged = overlay(defaults(), merged)  # for a mapping that stood for another one
+    except Excess as error:
+        raise RecipeError(subject, [*problems, Problem("", subject, f"with its ${{...}} replaced, {error}")]) from error
     wrong += _import(merged, layers)
 
     from longnet_kit import recipe_checks  # torch and Lightning, in whose classes the allowed keys are written
@@ -162,6 +165,8 @@ def _find(path: str | Path) -> Path:
         if Path(path).is_dir():
             return Path(path)  # told of when it is read
         raise RecipeError(str(path), [Problem("", "", str(error))]) from error
+    except OSError as error:  # no file can have such a name
+        raise RecipeError(str(path), [Problem("", str(path), f"cannot be read: {error.strerror}")]) from error
 
 
 def _import(merged: Values, layers: Iterable[Layer]) -> list[typed.Problem]:
@@ -200,7 +205,7 @@ def _place(problem: typed.Problem, layers: Sequence[Layer], file: Path | None) -
         for layer in reversed(layers):
             if key in layer.places:
                 return Problem(problem.key, layer.places[key], problem.message)
-        key = re.sub(r"(\.[^.\[]*|\[\d+\]|^[^.\[]*)$", "", key)
+        key = key[: max(key.rfind("."), key.rfind("["), 0)]
     return Problem(problem.key, recipe_files.show(file) if file else "", problem.message)
 
 

@@ -5,12 +5,12 @@ Every check adds to one list. Registries and Lightning are imported lazily, sinc
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-import inspect
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ def problems(values: Values) -> list[Problem]:
     found += _plugin_problems(values, known)
     # How keys go together is only worth saying of keys that are right by themselves.
     wrong = {re.sub(r"\[.*", "", problem.key) for problem in found}
-    return found + [p for keys, p in _cross_problems(values) if not any(_within(key, wrong) for key in keys)]
+    return found + [p for keys, p in _cross_problems(values) if not any(_touches(key, wrong) for key in keys)]
 
 
 def choices(values: Values) -> Values:
@@ -65,7 +65,7 @@ def choices(values: Values) -> Values:
         ("attention", attention.registry, values["model"]["attention"]),
         ("data", data.registry, values["data"]),
     ):
-        parameters = inspect.signature(registry.get(mapping[registry.selector])).parameters.values()
+        parameters = typed.parameters(registry.get(mapping[registry.selector])).values()
         defaults = {p.name: _plain(p.default) for p in parameters if p.default is not p.empty}
         complete = mapping | {key: value for key, value in defaults.items() if key not in mapping and value is not ...}
         if name == "data":
@@ -91,9 +91,9 @@ def _function_problems(
     admits: Callable[[str], bool] = lambda name: name not in ("options", "notes"),
 ) -> list[Problem]:
     """As `typed.argument_problems`, but what an unknown key may have meant is searched in the whole recipe."""
-    parameters = inspect.signature(function).parameters
-    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    fitting = {name: value for name, value in arguments.items() if free or (name in parameters and admits(name))}
+    taken = typed.parameters(function)
+    free = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    fitting = {name: value for name, value in arguments.items() if free or (name in taken and admits(name))}
     unknown = [name for name in arguments if name not in fitting]
     return [Problem(join(key, name), f"unknown key; {_meant(join(key, name), known)}") for name in unknown] + (
         typed.argument_problems(function, fitting, key)
@@ -122,7 +122,7 @@ def _trainer_problems(trainer: Any, known: Iterable[str]) -> list[Problem]:
 
 def _plugin_problems(values: Values, known: Iterable[str]) -> list[Problem]:
     """Of what registered classes decide: the task, the attention backend, the data source."""
-    from longnet_kit import attention, data, tasks
+    from longnet_kit import data, tasks
     from longnet_kit.data import tokenizers
 
     found: list[Problem] = []
@@ -131,8 +131,7 @@ def _plugin_problems(values: Values, known: Iterable[str]) -> list[Problem]:
         found.append(Problem("task", refusal))
     config = mapping_at(values, "model").get("attention")
     if isinstance(config, dict):
-        wrong = _registered_problems(attention.registry, config, "model.attention", known)
-        found += wrong or _construction_problems(lambda: attention.build(config), "model.attention")
+        found += _attention_problems(config, known)
     source = mapping_at(values, "data")
     if isinstance(source.get("source"), str):
         options = _without(source, [n for n in schema.names(schema.Data) if n != "source"])
@@ -141,6 +140,22 @@ def _plugin_problems(values: Values, known: Iterable[str]) -> list[Problem]:
     if isinstance(tokenizer, str):
         found += _construction_problems(lambda: tokenizers.build(tokenizer), "data.tokenizer")
     return found
+
+
+def _attention_problems(config: Values, known: Iterable[str]) -> list[Problem]:
+    from longnet_kit import attention
+    from longnet_kit.attention import patterns
+
+    key, pattern = "model.attention", config.get("pattern")
+    found = _registered_problems(attention.registry, config, key, known)
+    within: list[Problem] = []
+    if isinstance(pattern, dict):
+        within = _registered_problems(patterns.registry, pattern, join(key, "pattern"), known)
+        if not isinstance(pattern.get(patterns.registry.selector, ""), str):
+            return found or within
+    found = found or _construction_problems(lambda: attention.build(config), key)
+    # A backend whose pattern is a registered one says so; another's may be any mapping.
+    return within if within and any(patterns.registry.kind in problem.message for problem in found) else found
 
 
 def _registered_problems(registry: Registry[Any], config: Values, key: str, known: Iterable[str]) -> list[Problem]:
@@ -195,7 +210,7 @@ def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
     check(acausal and not seen and positions == "xpos", xpos, "model.positions", "model.causal")
     contexts = data.get("eval_contexts")
     if isinstance(contexts, list):
-        twice = sorted({c for c in contexts if isinstance(c, int) and contexts.count(c) > 1})
+        twice = sorted(c for c, times in Counter(c for c in contexts if isinstance(c, int)).items() if times > 1)
         check(bool(twice), f"got {contexts}, in which {twice} stand twice; list each length once", "data.eval_contexts")
     found += recipe_strategy.problems(values)
     trainer = mapping_at(values, "trainer")
@@ -205,15 +220,33 @@ def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
     check(str(precision).startswith("transformer-engine") and not has_engine, engine, "trainer.precision")
     listed = trainer.get("accelerator") == "cpu" and isinstance(devices, list)
     check(listed, schema.listed_on_cpu(devices), "trainer.devices", "trainer.accelerator")
+    too_long = _time_problem(trainer.get("max_time"))
+    check(bool(too_long), too_long, "trainer.max_time")
     for key in ("init_from", "resume"):
         path = values.get(key)
         if isinstance(path, str) and not (key == "resume" and path == "auto"):
             other = "null, auto or " if key == "resume" else "null or "
             message = f"got {path!r}, but nothing is there; expected {other}a run directory or a checkpoint"
-            check(not path or not Path(path).exists(), message, key)
+            check(not path or not _exists(path), message, key)
     both = values.get("init_from") is not None and values.get("resume") not in (None, "auto")
     check(both, "a resumed run has its weights already; leave out one of init_from and resume", "init_from", "resume")
     return found
+
+
+def _time_problem(given: Any) -> str:
+    """What is wrong with a length of time, in text or as a mapping; empty when nothing is."""
+    if isinstance(given, str):
+        parts = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", given.strip())
+        if parts is None:
+            return f"got {given!r}, expected days, hours, minutes and seconds, like 00:12:30:00, or {{hours: 12.5}}"
+        given = dict(zip(("days", "hours", "minutes", "seconds"), map(float, parts.groups()), strict=True))
+    try:
+        timedelta(**given or {})
+    except (OverflowError, ValueError):  # too many days, or infinitely many
+        return f"got {given}, which is longer than {timedelta.max.days:,} days; leave it out for no limit"
+    except TypeError:
+        pass  # told of by itself
+    return ""
 
 
 def _known(values: Values) -> list[str]:
@@ -221,18 +254,21 @@ def _known(values: Values) -> list[str]:
     from lightning import Trainer
 
     from longnet_kit import attention, data
+    from longnet_kit.attention import patterns
 
+    backend = mapping_at(values, "model").get("attention")
     paths = schema.names(schema.Recipe)
     for name, cls in schema.SECTIONS.items():
         paths += [join(name, key) for key in schema.names(cls)]
-    arguments = inspect.signature(Trainer).parameters
+    arguments = typed.parameters(Trainer)
     paths += [join("trainer", key) for key in arguments if key not in schema.TRAINER_REFUSED]
     for registry, key, config in (
-        (attention.registry, "model.attention", mapping_at(values, "model").get("attention")),
+        (attention.registry, "model.attention", backend),
+        (patterns.registry, "model.attention.pattern", backend.get("pattern") if isinstance(backend, dict) else None),
         (data.registry, "data", mapping_at(values, "data")),
     ):
         name = config.get(registry.selector) if isinstance(config, dict) else None
-        taken = inspect.signature(registry.get(name)).parameters if name in registry.names() else ()
+        taken = typed.parameters(registry.get(name)) if name in registry.names() else ()
         paths += [join(key, option) for option in (registry.selector, *taken)]
     return list(dict.fromkeys(paths))
 
@@ -244,19 +280,26 @@ def _meant(path: str, known: Iterable[str]) -> str:
         return f"write it as {section} with {name} inside it, not with a dot"
     if name in OTHER_NAMES:
         return f"did you mean {OTHER_NAMES[name]}?"
+    alike = typed.likeness(name, {other.rpartition(".")[2] for other in known})
     scores: dict[str, float] = {}
     for other in known:
         home, _, key = other.rpartition(".")
-        alike = difflib.SequenceMatcher(None, name.lower().replace("-", "_"), key).ratio()
         near = home == section
-        if alike >= (0.6 if near else 0.75):
-            scores[other] = alike + (0.1 if near else 0)
+        if alike.get(key, 0) >= (0.6 if near else 0.75):
+            scores[other] = alike[key] + (0.1 if near else 0)
     if scores:
         return f"did you mean {max(scores, key=lambda other: scores[other])}?"
     here = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
     return (
         f"known{f' in {section}' if section else ''}: {', '.join(sorted(here))}" if here else "nothing is allowed here"
     )
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # no file can have such a name
+        return False
 
 
 def _multiples(dim: int, heads: int) -> str:
@@ -268,8 +311,9 @@ def _is_top_level(name: str) -> bool:
     return name != "notes"
 
 
-def _within(key: str, wrong: set[str]) -> bool:
-    return any(key == other or key.startswith(f"{other}.") for other in wrong)
+def _touches(key: str, wrong: set[str]) -> bool:
+    """Whether a key, or one around it or inside it, is wrong."""
+    return any(key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.") for other in wrong)
 
 
 def _without(values: Mapping[str, Any], names: Iterable[str], *more: str) -> Values:

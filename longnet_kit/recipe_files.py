@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 import yaml
 
 from longnet_kit import typed
-from longnet_kit.recipe_yaml import Problem, Reader, reason
+from longnet_kit.recipe_yaml import DEPTH, Excess, Problem, Reader, reason
 from longnet_kit.recipe_yaml import place as place_of
 
 COMMAND_LINE = "on the command line"
+SIZE = 1 << 20
+"""How large a recipe file may be, in bytes."""
 
 
 @dataclass
@@ -57,7 +59,7 @@ def read_chain(path: Path) -> tuple[list[Layer], list[Problem], bool]:
             problems.append(Problem("extends", place, f"got {parent!r}, expected the path of one recipe, or null"))
             return layers, problems, False
         below = path.parent / parent
-        if not below.is_file():
+        if not _is_file(below):
             problems.append(Problem("extends", place, f"there is no file {show(below)}{_similar(below)}"))
             return layers, problems, False
         if any(below.samefile(other) for other in seen):
@@ -75,7 +77,11 @@ def read_file(path: Path) -> tuple[Layer | None, list[Problem]]:
         hint = f"; did you mean {show(inside)}?" if inside.is_file() else ""
         return None, [Problem("", name, f"is a directory, expected a recipe file (YAML){hint}")]
     try:
-        text = path.read_bytes().decode("utf-8")
+        with path.open("rb") as file:
+            raw = file.read(SIZE + 1)
+        if len(raw) > SIZE:
+            return None, [Problem("", name, f"is larger than {SIZE:,} bytes, so it is no recipe")]
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         byte = error.object[error.start]
@@ -87,8 +93,8 @@ def read_file(path: Path) -> tuple[Layer | None, list[Problem]]:
         values = reader.read(text)
     except yaml.YAMLError as error:
         return None, [Problem("", place_of(name, error), f"is not valid YAML: {reason(error)}")]
-    except RecursionError:
-        return None, [Problem("", name, "is nested too deeply")]
+    except Excess as error:
+        return None, [Problem("", name, str(error))]
     if values is None:
         needed = "a recipe has at least name and trainer.max_steps"
         return None, [*reader.problems, Problem("", name, f"is empty; {needed}, or extends another recipe")]
@@ -128,6 +134,8 @@ def _check_path(key: str, has_value: bool, item: str) -> None:
     """Raise a ValueError unless `key` is a dotted path that a value can be given to."""
     if not has_value:
         raise ValueError(f"got {item!r}, expected key.path=value, like model.layers=2")
+    if key.count(".") >= DEPTH:
+        raise ValueError(f"has more than {DEPTH} names with dots between them")
     if key == "extends":
         raise ValueError("only a recipe file can extend another; name that recipe in place of this one")
     if "[" in key or re.search(r"\.\d+(\.|$)", key):
@@ -147,19 +155,29 @@ def _assign(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     values[path[-1]] = value
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no file can have such a name
+        return False
+
+
 def _similar(path: Path) -> str:
     """A hint at a recipe file beside `path` of nearly its name."""
-    present = {p.name for p in _recipes_in(path.parent)}
+    present = _recipes_in(path.parent)
     near = difflib.get_close_matches(path.name, present, n=1) or difflib.get_close_matches(
         f"{path.name}.yaml", present, n=1
     )
     if near:
-        return f"; did you mean {show(path.with_name(near[0]))}?"
+        return f"; did you mean {show(path.parent / near[0])}?"
     return f"; {show(path.parent)} holds {', '.join(sorted(present))}" if present else ""
 
 
-def _recipes_in(folder: Path) -> Iterator[Path]:
-    return (p for p in folder.glob("*") if p.suffix in (".yaml", ".yml"))
+def _recipes_in(folder: Path) -> list[str]:
+    try:
+        return [name for name in os.listdir(folder) if name.endswith((".yaml", ".yml"))]
+    except (OSError, ValueError):  # there is no such folder, or none can have such a name
+        return []
 
 
 def show(path: Path) -> str:

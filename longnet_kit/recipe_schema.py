@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from longnet_kit.typed import Range
 
-Count = Annotated[int, Range(at_least=1)]
-Natural = Annotated[int, Range(at_least=0)]
+Count = Annotated[int, Range(at_least=1, at_most=2**40)]
+Natural = Annotated[int, Range(at_least=0, at_most=2**40)]
 
 STRATEGIES = ("auto", "ddp", "fsdp", "sequence_parallel", "sequence_parallel_fsdp")
 """What `strategy.name` may be; `auto` is `ddp` on several devices."""
@@ -108,7 +108,7 @@ class Strategy:
     """One of `STRATEGIES`."""
     sequence_parallel_size: Count = 1
     """Ranks that share one sequence; divides the devices and `data.seq_len`."""
-    timeout: Annotated[float, Range(above=0)] = 600.0
+    timeout: Annotated[float, Range(above=0, at_most=1e9)] = 600.0
     """Seconds that ranks wait for one another before the job is brought down."""
 
 

@@ -16,7 +16,8 @@ Values = dict[str, Any]
 Involving = tuple[tuple[str, ...], Problem]
 """A problem, after the keys that it is about."""
 
-
+LARGEST = 1 << 40
+"""Nothing is said of how larger numbers divide: to find those that do would take too long."""
 _TRANSFORMER_ENGINE = ("transformer-engine", "transformer-engine-float16")
 
 
@@ -58,7 +59,7 @@ def _devices(trainer: Values) -> int:
     """How many devices the run has in all; 0 where that is only known on the machine."""
     devices = trainer.get("devices")
     per_node = len(devices) if isinstance(devices, list) else whole_number(devices)
-    return per_node * whole_number(trainer.get("num_nodes", 1))
+    return whole_number(per_node * whole_number(trainer.get("num_nodes", 1)))
 
 
 def _shard_problems(values: Values, seq_len: int, size: int) -> list[Involving]:
@@ -92,8 +93,8 @@ def _shard_problems(values: Values, seq_len: int, size: int) -> list[Involving]:
 
 
 def whole_number(value: Any) -> int:
-    """The value where it is a whole number of at least 1, else 0."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else 0
+    """The value where it is a whole number from 1 to `LARGEST`, else 0."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST else 0
 
 
 def mapping_at(values: Values, name: str) -> Values:

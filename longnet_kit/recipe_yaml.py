@@ -1,7 +1,7 @@
 """YAML as recipes use it: plain values and where each of them stands, and text that reads back as it was.
 
 The YAML is 1.1 as PyYAML reads it, except that 3e-3 is a number, that 010 and 2024-01-01 and 1:30 are text, that tags
-are refused, and that a key which stands twice is a problem. No key is judged here.
+are refused, that a key which stands twice is a problem, and that there are limits to size. No key is judged here.
 """
 
 from __future__ import annotations
@@ -28,8 +28,37 @@ class Problem:
         return f"{head}: {self.message}" if head else self.message
 
 
+DEPTH = 50
+"""How deep mappings and lists may be nested."""
+VALUES = 10_000
+"""How many values a document may hold; an alias counts as all that it stands for."""
+_DIGITS = 1000
+
+
+class Excess(ValueError):
+    """A document that is larger than any recipe."""
+
+
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the kit's idea of numbers."""
+    """PyYAML's safe loader with the kit's idea of numbers, and of how large a document may be."""
+
+    _depth = _nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        self._nodes += 1
+        check_size(self._depth, self._nodes)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+def check_size(depth: int, values: int) -> None:
+    """Raise `Excess` where a document is nested too deeply or holds too much."""
+    if depth > DEPTH:
+        raise Excess(f"is nested more than {DEPTH} deep; a recipe needs 4")
+    if values > VALUES:
+        raise Excess(f"holds more than {VALUES:,} values, each alias counted in full; a recipe needs a few dozen")
 
 
 class Dumper(yaml.SafeDumper):
@@ -70,11 +99,13 @@ class Reader:
         self.lines = lines
         self.places: dict[str, str] = {}
         self.problems: list[Problem] = []
+        self._values = 0
         self._open: list[yaml.Node] = []
-        self._flat: list[yaml.Node] = []
+        self._merging: list[yaml.Node] = []
+        self._pairs_of: dict[yaml.Node, Pairs] = {}
 
     def read(self, text: str, key: str = "") -> Any:
-        """The values of one document; YAMLError where it is not YAML.
+        """The values of one document; YAMLError where it is not YAML, `Excess` where it is too large.
 
         Args:
             key: what the document is the value of.
@@ -90,7 +121,9 @@ class Reader:
         if node in self._open:
             self._complain(key, node, "an alias that holds itself")
             return None
+        self._values += 1
         self._open.append(node)
+        check_size(len(self._open), self._values)
         try:
             if isinstance(node, yaml.MappingNode):
                 return self._mapping(node, key)
@@ -107,17 +140,40 @@ class Reader:
 
     def _mapping(self, node: yaml.MappingNode, key: str) -> dict[str, Any]:
         self._check_tag(node, key, "map")
-        if node not in self._flat:  # an alias is met again
-            self._flat.append(node)
-            self._check_keys(node, key)
-            self._loader.flatten_mapping(node)  # puts what `<<` brings in first
         values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            name = self._name(key_node)
+        for name, (key_node, value_node) in self._pairs(node, key).items():
             path = typed.join(key, name)
             self.places[path] = self._place(key_node)
+            if not _is_whole_text(name):
+                self._complain(path, key_node, _HALF)
             values[name] = self._value(value_node, path)
         return values
+
+    def _pairs(self, node: yaml.MappingNode, key: str) -> Pairs:
+        """The keys of a mapping by name, and their values; what `<<` brings in stands below its own."""
+        if node in self._pairs_of:  # an alias is met again
+            return self._pairs_of[node]
+        self._merging.append(node)
+        self._check_keys(node, key)
+        brought: Pairs = {}
+        own: Pairs = {}
+        for key_node, value_node in node.value:
+            if key_node.tag != "tag:yaml.org,2002:merge":
+                own[self._name(key_node)] = key_node, value_node
+                continue
+            merged = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+            for below in reversed(merged):  # the first of them wins
+                if below in self._merging:
+                    self._complain(typed.join(key, "<<"), below, "an alias that holds itself")
+                elif isinstance(below, yaml.MappingNode):
+                    brought |= self._pairs(below, key)
+                    self._values += len(brought)
+                    check_size(0, self._values)
+                else:
+                    self._complain(typed.join(key, "<<"), below, "expected a mapping to merge, or a list of them")
+        self._merging.pop()
+        self._pairs_of[node] = brought | own
+        return self._pairs_of[node]
 
     def _check_keys(self, node: yaml.MappingNode, key: str) -> None:
         first: dict[str, str] = {}
@@ -131,10 +187,17 @@ class Reader:
     def _scalar(self, node: yaml.Node, key: str) -> Any:
         self._check_tag(node, key, "str", "int", "float", "bool", "null")
         try:
-            return self._loader.construct_object(node)
-        except ValueError:
+            value = self._loader.construct_object(node)
+        except (ValueError, LookupError):  # LookupError: of what is no boolean, and of a number without a digit
             self._complain(key, node, f"{node.value[:60]!r} is not of the type that its tag says")
             return None
+        if isinstance(value, int) and len(node.value) > _DIGITS:
+            self._complain(key, node, f"has {len(node.value):,} digits")
+            return None
+        if isinstance(value, str) and not _is_whole_text(value):
+            self._complain(key, node, _HALF)
+            return None
+        return value
 
     def _check_tag(self, node: yaml.Node, key: str, *allowed: str) -> None:
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
@@ -146,13 +209,24 @@ class Reader:
 
     def _name(self, node: yaml.Node) -> str:
         """A key as text, whatever it is."""
-        return str(node.value) if isinstance(node, yaml.ScalarNode) else yaml.serialize(node).strip()
+        if isinstance(node, yaml.ScalarNode):
+            return str(node.value)
+        return "{...}" if isinstance(node, yaml.MappingNode) else "[...]"
 
     def _place(self, node: yaml.Node) -> str:
         return f"{self.name}:{node.start_mark.line + 1}" if self.lines else self.name
 
     def _complain(self, key: str, node: yaml.Node, message: str) -> None:
         self.problems.append(Problem(key, self._place(node), message))
+
+
+Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
+
+_HALF = "holds half a character (a lone surrogate, as in \\ud800), which no file can; write the whole one"
+
+
+def _is_whole_text(text: str) -> bool:
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def reason(error: yaml.YAMLError) -> str:

@@ -66,6 +66,8 @@ class Registry(Generic[T]):
     def refusal(self, name: str) -> str:
         """Why there is no class under `name`, and what to do; empty when there is one."""
         self._load_entry_points()
+        if not isinstance(name, str):  # what a mapping from Python holds may not even be hashable
+            return f"got {name!r}, which is no {self.kind}; known: {', '.join(self.names())}"
         if name in self._broken:
             return f"the {self.kind} {name!r} cannot be had: {self._broken[name]}"
         if name in self._classes:

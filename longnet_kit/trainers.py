@@ -77,6 +77,7 @@ def lightning_errors() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
+            warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
             yield
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, cast
 
 Annotation = Any
@@ -38,9 +40,10 @@ class Range:
     below: float | None = None
 
     def admits(self, value: float) -> bool:
-        """Whether `value` is within the bounds; NaN never is."""
+        """Whether `value` is within the bounds; NaN and infinity never are."""
         return (
-            (self.at_least is None or value >= self.at_least)
+            abs(value) < math.inf
+            and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
@@ -54,10 +57,31 @@ class Range:
 def suggestion(word: str, choices: Iterable[str]) -> str:
     """A hint that names the choice nearest to a misspelled word, or all of them where none is near."""
     choices = sorted(choices)
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {near[0]!r}?"
+    alike = likeness(word, choices)
+    if alike:
+        return f"did you mean {max(alike, key=alike.__getitem__)!r}?"
     return f"known: {', '.join(choices)}" if choices else "nothing is allowed here"
+
+
+def likeness(word: str, choices: Iterable[str]) -> dict[str, float]:
+    """The choices that a word may stand for, each with how alike the two are, from 0.6 to 1.
+
+    Case and dashes do not count, and letters that changed places count for little.
+    """
+    plain = word.lower().replace("-", "_")
+    matcher = difflib.SequenceMatcher(b=plain)
+    found: dict[str, float] = {}
+    for choice in choices:
+        other = choice.lower().replace("-", "_")
+        matcher.set_seq1(other)
+        if matcher.real_quick_ratio() < 0.6 or matcher.quick_ratio() < 0.6:  # bounds that take no time
+            continue
+        alike = matcher.ratio()
+        if sorted(plain) == sorted(other):  # of which the matcher makes too much where a word is short
+            alike = max(alike, 0.75)
+        if alike >= 0.6:
+            found[choice] = alike
+    return found
 
 
 def value_problems(value: Any, annotation: Annotation, key: str) -> list[Problem]:
@@ -70,7 +94,8 @@ def value_problems(value: Any, annotation: Annotation, key: str) -> list[Problem
         found = value_problems(value, arguments[0], key)
         ranges = [extra for extra in arguments[1:] if isinstance(extra, Range)]
         if not found and isinstance(value, (int, float)) and not isinstance(value, bool):
-            found = [Problem(key, f"got {value!r}, expected {r}") for r in ranges if not r.admits(value)]
+            finite = "" if abs(value) < math.inf else " and finite"
+            found = [Problem(key, f"got {value!r}, expected {r}{finite}") for r in ranges if not r.admits(value)]
         return found
     if origin in (Union, types.UnionType):
         attempts = [value_problems(value, option, key) for option in _plain_options(arguments)]
@@ -83,8 +108,7 @@ def value_problems(value: Any, annotation: Annotation, key: str) -> list[Problem
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return []
         if isinstance(value, str) and all(isinstance(choice, str) for choice in arguments):
-            near = difflib.get_close_matches(value, arguments, n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; {suggestion(value, arguments)}" if likeness(value, arguments) else ""
             return [Problem(key, f"got {value!r}, expected {describe(annotation)}{hint}")]
         return [_mismatch(value, annotation, key)]
     if dataclasses.is_dataclass(annotation):
@@ -105,10 +129,10 @@ def argument_problems(function: Callable[..., Any], arguments: Mapping[str, Any]
 
     Unknown names, missing ones and values that do not fit their annotation are all reported.
     """
-    parameters = _parameters(function)
+    known = parameters(function)
     hints = _hints(function)
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    named = {n: p for n, p in known.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     found: list[Problem] = []
     for name, value in arguments.items():
         if name in named:
@@ -207,11 +231,14 @@ def _plain_options(options: Iterable[Annotation]) -> list[Annotation]:
     return [o for o in options if typing.get_origin(o) is not None or o in _PLAIN or dataclasses.is_dataclass(o)]
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(function).parameters)
+@lru_cache(maxsize=1024)
+def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """What a function, or a class's constructor, can be called with."""
+    return inspect.signature(function).parameters
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Annotation]:
+@lru_cache(maxsize=1024)
+def _hints(function: Callable[..., Any]) -> Mapping[str, Annotation]:
     """Resolved annotations; what cannot be resolved counts as Any."""
     target = function
     if isinstance(function, type) and not dataclasses.is_dataclass(function):

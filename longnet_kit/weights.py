@@ -14,6 +14,8 @@ from longnet_kit import checkpoint_io, runs
 
 EXPORTED = ".safetensors"
 """What the name of an exported file ends in."""
+_RESUMED = {"global_step": int, "loops": dict, "lr_schedulers": list, "optimizer_states": list}
+"""What a training goes on from, beside the weights."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -38,7 +40,8 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     if wrong := checkpoint_io.damage(path):
         raise ValueError(wrong)
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    saved["state_dict"].keys()
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("state_dict"), Mapping):
+        raise ValueError("it holds no state_dict")
     return saved
 
 
@@ -63,28 +66,41 @@ def check_resumable(network: nn.Module, path: Path) -> int:
         ValueError: it is no checkpoint, or not of such a network, or holds weights alone.
     """
     saved = read(path)
-    missing = {"global_step", "optimizer_states", "lr_schedulers", "loops"} - saved.keys()
+    missing = [key for key, kind in _RESUMED.items() if type(saved.get(key)) is not kind]
     if missing:
         raise ValueError(
-            f"resume: {path} holds no {', '.join(sorted(missing))}, so training cannot go on from it; "
+            f"resume: {path} holds no {', '.join(missing)}, so training cannot go on from it; "
             "to start from its weights, use init_from"
         )
     fitting(network, path, saved)
-    return int(saved["global_step"])
+    return saved["global_step"]
 
 
 def fitting(network: nn.Module, path: Path, saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of the network in what `read` found; ValueError when they are those of another one."""
-    weights = {k.removeprefix("model."): v for k, v in saved["state_dict"].items() if k.startswith("model.")}
+    weights = {
+        key.removeprefix("model."): value
+        for key, value in saved["state_dict"].items()
+        if isinstance(key, str) and key.startswith("model.")
+    }
     own = network.state_dict()
-    misfits = [
-        f"{key} is {tuple(weights[key].shape)} there and {tuple(own[key].shape)} here"
-        if key in weights and key in own
-        else f"{key} is only {'there' if key in weights else 'here'}"
-        for key in dict.fromkeys((*own, *weights))
-        if key not in weights or key not in own or weights[key].shape != own[key].shape
-    ]
+    keys = dict.fromkeys((*own, *weights))
+    misfits = [misfit for key in keys if (misfit := _misfit(key, weights.get(key), own.get(key)))]
     if misfits:
         more = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         raise ValueError(f"the weights in {path} do not fit this model: {'; '.join(misfits[:3])}{more}")
     return weights
+
+
+def _misfit(key: str, there: Any, here: Tensor | None) -> str:
+    """Why a value cannot be copied into a tensor of the network; empty where it can."""
+    if here is None or there is None:
+        return f"{key} is only {'here' if there is None else 'there'}"
+    plain = isinstance(there, Tensor) and not there.is_nested and not there.is_quantized
+    if not plain or there.layout is not torch.strided or there.device.type != "cpu":
+        return f"{key} is no plain tensor there"
+    if there.shape != here.shape:
+        return f"{key} is {tuple(there.shape)} there and {tuple(here.shape)} here"
+    if there.is_floating_point() != here.is_floating_point() or there.is_complex():
+        return f"{key} holds {there.dtype} there and {here.dtype} here"
+    return ""

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, settings
 # Before torch is imported, and inherited by the processes that tests start. The workers of one machine share its cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# The same examples in every run. `--hypothesis-profile random` looks for new ones.
+# The same examples in every run. `--hypothesis-profile random` looks for new ones, `deep` for many.
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("deep", settings.get_profile("random"), max_examples=10_000)
 settings.load_profile("repeatable")
 
 CACHE = pytest.StashKey[str]()

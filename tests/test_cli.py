@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from longnet_kit import board, cli, experiment, recipe, shipped, sweep, testing
+from longnet_kit import board, cli, experiment, export, recipe, shipped, sweep, testing
 from longnet_kit.recipe import Recipe
 from longnet_kit.report import compare, pattern
 
@@ -36,6 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(experiment, "run", record(Path()))
     monkeypatch.setattr(experiment, "evaluate", record({}))
+    monkeypatch.setattr(export, "export", record(Path()))
     monkeypatch.setattr(testing, "main_check", record(1))
     monkeypatch.setattr(pattern, "draw", record("a picture"))
     monkeypatch.setattr(compare, "compare", record("a table"))
@@ -55,6 +56,13 @@ def test_fit_runs_the_recipe_with_its_overrides(calls: list[Any]) -> None:
 def test_validate_and_test_evaluate_a_run(verb: str, calls: list[Any]) -> None:
     assert cli.main([verb, "runs/quickstart", "trainer.limit_val_batches=1"]) == 0
     assert calls == [("runs/quickstart", ["trainer.limit_val_batches=1"], ("which", verb))]
+
+
+def test_export_takes_a_run_a_file_and_a_checkpoint_in_any_order(calls: list[Any]) -> None:
+    assert cli.main(["export", "runs/quickstart", "out.safetensors"]) == 0
+    assert cli.main(["export", "--checkpoint", "step.ckpt", "runs/quickstart", "out.safetensors"]) == 0
+    run = ("runs/quickstart", Path("out.safetensors"))
+    assert calls == [(*run, None), (*run, Path("step.ckpt"))]
 
 
 def test_pattern_takes_a_length_a_file_and_keys_in_any_order(
@@ -146,7 +154,10 @@ def test_list_shows_the_users_recipes_and_says_which_are_broken(
     ("argv", "expected"),
     [
         (["fitt", "quickstart"], "did you mean 'fit'?"),
-        (["frobnicate"], "known: board, check-backend, compare, fit, list, pattern, plan, show, sweep, test, validate"),
+        (
+            ["frobnicate"],
+            "known: board, check-backend, compare, export, fit, list, pattern, plan, show, sweep, test, validate",
+        ),
         (["fit"], "usage: longnet fit"),
         (["fit", "quickstart", "--model.layers=2"], "keys of the recipe are set without dashes: key.path=value"),
         (["list", "quickstart"], "unrecognized arguments: quickstart"),

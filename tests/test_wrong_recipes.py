@@ -375,8 +375,8 @@ def weights_alone(ckpt: Path) -> Path:
 
 
 NO_CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
-    "another file": (lambda ckpt: Path("text.txt"), ("text.txt is not a checkpoint", "give another")),
-    "a truncated one": (cut_short, ("cut.ckpt is not a checkpoint", "damaged", "give another")),
+    "another file": (lambda ckpt: Path("text.txt"), ("text.txt is damaged or no checkpoint", "give another")),
+    "a truncated one": (cut_short, ("cut.ckpt is damaged or no checkpoint", "cut off", "give another")),
     "weights alone": (weights_alone, ("alone.ckpt holds no", "loops", "use init_from")),
     "of another size": (
         lambda ckpt: Path(shutil.copy(ckpt, "wide.ckpt")),

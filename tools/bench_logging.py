@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning import Callback
-from lightning.pytorch.loggers import CSVLogger
 
 from longnet_kit import callbacks, recipe
 from longnet_kit.tasks import language_modeling
@@ -55,13 +54,13 @@ def watch() -> None:
             if hook.startswith("on_") and hasattr(Callback, hook):
                 setattr(kind, hook, timed(name, getattr(kind, hook)))
     callbacks.Board.describe = timed("recipe and environment", callbacks.Board.describe)
-    for kind in (callbacks.Board, CSVLogger):
+    for kind in (callbacks.Board, callbacks.MetricsTable):
         kind.finalize = timed("closing the files", kind.finalize)
 
 
 def main(arguments: list[str]) -> None:
     """Train and print the table."""
-    from longnet_kit import experiment
+    from longnet_kit import experiment, fitting
 
     path = arguments[0] if arguments and "=" not in arguments[0] else "quickstart"
     overrides = [item for item in arguments if "=" in item] or ["trainer.max_steps=100"]
@@ -69,7 +68,7 @@ def main(arguments: list[str]) -> None:
     watch()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        fit = experiment.Trainer.fit
+        fit = fitting.Trainer.fit
         whole: list[float] = []
 
         def timed_fit(*args: Any, **kwargs: Any) -> Any:
@@ -79,7 +78,7 @@ def main(arguments: list[str]) -> None:
             finally:
                 whole.append(time.perf_counter() - began)
 
-        experiment.Trainer.fit = timed_fit
+        fitting.Trainer.fit = timed_fit
         experiment.run(r)
     steps = r.trainer["max_steps"]
     print(f"\n| part | calls | seconds | ms per step | share of {whole[0]:.1f} s |\n|---|---|---|---|---|")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longnet_kit.attention import flash
 from longnet_kit.attention.backend import Support
+from longnet_kit.attention.inputs import divisors
 from longnet_kit.attention.mixture import Mixture, add_gradients, unit_stride, zero_gradients
 from longnet_kit.attention.patterns import HeadOffsets, head_offset
 from longnet_kit.attention.sharding import SequenceShard
@@ -84,7 +85,8 @@ def supports(branches: Sequence[tuple[int, int]], seq_len: int, shards: int) -> 
     n = seq_len // shards
     for w, _ in branches:
         if w <= n and n % w or n < w < seq_len and w % n:
-            fitting = [d for d in range(1, n + 1) if n % d == 0] + [n * i for i in range(2, shards + 1)]
+            spanning = {min(max(2, i), shards) for i in (w // n, w // n + 1)} if shards > 1 else set()
+            fitting = [*divisors(n), *(n * i for i in sorted(spanning))]
             near = min(fitting, key=lambda length: abs(length - w))
             longer = -(-n // w) * w * shards
             return Support(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,15 @@ def all_heads(heads: int, first_head: int, total_heads: int | None) -> int:
     return total_heads
 
 
+def divisors(number: int) -> list[int]:
+    """All divisors of a number, in order; in time of its square root."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
 def nearest_divisor(number: int, near: int) -> int:
     """The divisor of `number` that is nearest to `near`."""
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
+    return min(divisors(number), key=lambda d: abs(d - near))
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:

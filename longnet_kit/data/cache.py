@@ -18,11 +18,13 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from longnet_kit import typed
 from longnet_kit.data.errors import DataError
 from longnet_kit.data.shards import Reader, Writer
 from longnet_kit.data.sources import SPLITS, Document, Source, Split, split_of
@@ -32,6 +34,7 @@ FORMAT = 1
 """Raised when the same source would be stored differently."""
 MANIFEST = "manifest.json"
 _BUILDING = ".building-"
+_Natural = Annotated[int, typed.Range(at_least=0)]
 
 
 class TokenCache:
@@ -56,8 +59,8 @@ class TokenCache:
 def directory() -> Path:
     """Where caches live: `LONGNET_CACHE`, else the user's cache directory (`XDG_CACHE_HOME`, or `~/.cache`)."""
     if own := os.environ.get("LONGNET_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longnet_kit"
+        return Path(os.path.expanduser(own))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "longnet_kit")
 
 
 def folder_of(source: Source, tokenizer: Tokenizer, parent: Path | None = None) -> Path:
@@ -69,7 +72,9 @@ def folder_of(source: Source, tokenizer: Tokenizer, parent: Path | None = None) 
         raise DataError(f"the fingerprint of {kind} must hold plain values, as in JSON ({error})") from error
     digest = hashlib.blake2b(identity.encode(errors="surrogatepass"), digest_size=8).hexdigest()
     names = (source.label or type(source).__name__, Path(tokenizer.name).stem, digest)
-    return (parent or directory()) / "-".join(re.sub(r"[^\w.]+", "_", name)[:40] for name in names)
+    # In bytes, since file systems count those.
+    short = (re.sub(r"[^\w.]+", "_", name).encode()[:40].decode(errors="ignore") for name in names)
+    return (parent or directory()) / "-".join(short)
 
 
 def build(source: Source, tokenizer: Tokenizer, parent: Path | None = None) -> Path:
@@ -82,9 +87,9 @@ def build(source: Source, tokenizer: Tokenizer, parent: Path | None = None) -> P
         DataError: a document cannot be used, the source changes meanwhile, or the cache cannot be written.
     """
     folder = folder_of(source, tokenizer, parent)
-    if folder.is_dir():
-        return folder
     try:
+        if folder.is_dir():
+            return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder) as alone:
             if folder.is_dir():
@@ -171,15 +176,55 @@ def _text(document: Document, takes_bytes: bool) -> tuple[bytes, str | bytes]:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
+    anew = f"delete the folder {folder}, and the next start builds it anew"
     try:
         manifest = json.loads(path.read_bytes())
         sound = manifest.pop("crc32") == _checksum(manifest)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        what = f"cannot be read ({type(error).__name__}: {error})"
-        raise DataError(f"{path} {what}; delete the folder {folder}, and the next start builds it anew") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}); {anew}") from error
     if not sound:
-        raise DataError(f"{path} was changed or damaged; delete the folder {folder}, and the next start builds it anew")
+        raise DataError(f"{path} was changed or damaged; {anew}")
+    if wrong := typed.argument_problems(_Manifest, manifest):
+        raise DataError(f"{path} is none that this version writes ({wrong[0]}); {anew}")
     return manifest
+
+
+@dataclass
+class _Shard:
+    """A file of tokens, as the manifest has it."""
+
+    file: str
+    tokens: _Natural
+    crc32: str
+
+
+@dataclass
+class _Split:
+    """A split, as the manifest has it: what `shards.Writer.close` returns."""
+
+    tokens: _Natural
+    bytes: _Natural
+    documents: _Natural
+    shards: list[_Shard]
+
+
+@dataclass
+class _Splits:
+    """Every split."""
+
+    train: _Split
+    val: _Split
+    test: _Split
+
+
+@dataclass
+class _Manifest:
+    """The manifest but for its checksum."""
+
+    format: int
+    tokenizer: str
+    dtype: Literal["<u2", "<u4"]
+    splits: _Splits
 
 
 def _checksum(values: Any) -> int:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import codecs
 import glob
-import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -126,16 +126,16 @@ class Files(Source):
         """The text of one JSON record; None where it is to be skipped."""
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: of a number with thousands of digits, too
             raise DataError(f"{where} is not JSON ({error}); mend or remove the line") from error
         if not isinstance(record, dict):
             raise DataError(f"{where} is no JSON object; expected {{{json.dumps(self._field)}: ...}}")
         if self._field not in record:
-            keys = ", ".join(map(repr, record)) or "none"
+            keys = ", ".join([*map(repr, islice(record, 20)), *(["..."] if len(record) > 20 else [])]) or "none"
             raise DataError(f"{where} has no key {self._field!r} (it has: {keys}); set data.field to the right one")
         text = record[self._field]
         if not isinstance(text, str):
-            raise DataError(f"{where}: {self._field!r} is {json.dumps(text)[:60]}, expected text; set data.field")
+            raise DataError(f"{where}: {self._field!r} is {_start(text)}, expected text; set data.field")
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair
@@ -156,6 +156,12 @@ class Files(Source):
             raise DataError(f"{where}: byte {byte} (0x{raw[error.start]:02x}) is not UTF-8; {_ADVICE}") from error
 
 
+def _start(value: Any) -> str:
+    """The first characters of a JSON value."""
+    pieces = json.JSONEncoder().iterencode(value)
+    return "".join(islice(pieces, 60))[:60]
+
+
 _ADVICE = (
     "set data.errors to replace (puts the replacement character there) or skip (leaves the file or record out), "
     "or train on text files as they are with data.tokenizer: bytes"
@@ -164,6 +170,9 @@ _ADVICE = (
 
 def _expand(pattern: str, key: str, problems: list[str]) -> list[tuple[str, Path]]:
     """The files of one path or pattern with their names, sorted; what is wrong with it goes to `problems`."""
+    if not _is_path(pattern):
+        problems.append(f"data.{key}: {pattern!a} holds a character that no path can; correct it")
+        return []
     expanded = os.path.expanduser(pattern)
     folders = f"give its files, as in {os.path.join(pattern.rstrip(os.sep), '**', '*.py')}"
     if os.path.isdir(expanded):
@@ -174,11 +183,18 @@ def _expand(pattern: str, key: str, problems: list[str]) -> list[tuple[str, Path
     if not glob.has_magic(expanded):
         problems.append(f"data.{key}: {pattern} does not exist (looked from {os.getcwd()}); correct the path")
         return []
-    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(expanded).parts))
+    root = Path(*takewhile(lambda part: not glob.has_magic(part), Path(expanded).parts))
     found = sorted(path for path in map(Path, glob.glob(expanded, recursive=True)) if path.is_file())
     if not found:
         problems.append(f"data.{key}: no file matches {pattern} (looked from {os.getcwd()}); correct the pattern")
     return [(path.relative_to(root).as_posix(), path) for path in found]
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half a character
+        return False
 
 
 def _first(path: Path, seen: set[str]) -> bool:

@@ -5,6 +5,7 @@ The set is streamed into the token cache: it is neither stored in the library's 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -52,7 +53,7 @@ class HuggingFace(Source):
     ) -> None:
         _datasets()
         self._path = path
-        self._files = [str(Path(file).expanduser()) for file in data_files] if data_files is not None else None
+        self._files = [os.path.expanduser(file) for file in data_files] if data_files is not None else None
         self._options = {"subset": subset, "field": field, "revision": revision, "max_documents": max_documents}
         given: dict[Split, str | None] = {"train": split, "val": val_split, "test": test_split}
         self._splits: dict[Split, str] = {ours: theirs for ours, theirs in given.items() if theirs is not None}
@@ -75,9 +76,9 @@ class HuggingFace(Source):
                 yield Document(where, text, ours if ours != "train" else split_of(f"{theirs} {number}", own))
 
     def fingerprint(self) -> Any:
-        local = Path(self._path).expanduser()
+        local = os.path.expanduser(self._path)
         files = [Path(file) for file in self._files or []]
-        files += sorted(path for path in local.rglob("*") if path.is_file()) if local.is_dir() else []
+        files += sorted(path for path in Path(local).rglob("*") if path.is_file()) if os.path.isdir(local) else []
         stamps = [[str(file), *stamp(file)] for file in files]
         return {"path": self._path, "splits": dict(self._splits), **self._options, "files": stamps}
 
@@ -85,7 +86,7 @@ class HuggingFace(Source):
         """The records of one of the set's own splits; whatever goes wrong in the library names the set."""
         try:
             yield from _datasets().load_dataset(
-                str(Path(self._path).expanduser()),
+                os.path.expanduser(self._path),
                 self._options["subset"],
                 data_files=self._files,
                 split=split,

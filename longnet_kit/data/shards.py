@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from itertools import accumulate
@@ -117,11 +118,11 @@ class Reader:
         self._paths = [folder / shard["file"] for shard in entry["shards"]]
         self._lengths: list[int] = [shard["tokens"] for shard in entry["shards"]]
         self._starts = [0, *accumulate(self._lengths)]
-        self._checksums = [np.frombuffer(bytes.fromhex(shard["crc32"]), dtype=">u4") for shard in entry["shards"]]
         self._maps: dict[int, Tokens] = {}
         self._checked: dict[int, Tokens] = {}
         for shard in range(len(self._paths)):
             self._check_length(shard)
+        self._checksums = [self._block_checksums(i, shard["crc32"]) for i, shard in enumerate(entry["shards"])]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -164,12 +165,18 @@ class Reader:
                 checked[block] = True
         return tokens[first:last]
 
+    def _block_checksums(self, shard: int, digits: str) -> Tokens:
+        blocks = -(-self._lengths[shard] * self._dtype.itemsize // BLOCK)
+        if not re.fullmatch(r"[0-9a-f]*", digits) or len(digits) != 8 * blocks:
+            raise self._damage(shard, f"needs {blocks} checksums, but the manifest has {digits[:60]!r}")
+        return np.frombuffer(bytes.fromhex(digits), dtype=">u4")
+
     def _check_length(self, shard: int) -> None:
         expected = self._lengths[shard] * self._dtype.itemsize
         try:
             actual = self._paths[shard].stat().st_size
-        except OSError as error:
-            raise self._damage(shard, f"cannot be read ({error.strerror})") from error
+        except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+            raise self._damage(shard, f"cannot be read ({getattr(error, 'strerror', error)})") from error
         if actual != expected:
             raise self._damage(shard, f"has {actual} bytes, but was written with {expected}")
 

@@ -6,7 +6,9 @@ Vocabulary sizes are known without any download, so that a model can be built be
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,22 +86,17 @@ class JSON(Tokenizer):
     """
 
     def __init__(self, path: str) -> None:
-        file = Path(path).expanduser()
-        if not file.is_file():
-            what = "is a folder" if file.is_dir() else "does not exist"
+        file = os.path.expanduser(path)
+        if not os.path.isfile(file):
+            what = "is a folder" if os.path.isdir(file) else "does not exist"
             raise DataError(f"data.tokenizer: the file {path} {what}; give a tokenizer JSON file, {_CHOICES}")
         try:
             import tokenizers
         except ImportError as error:
             raise DataError(_not_installed(path, "tokenizers")) from error
-        content = file.read_bytes()
-        try:
+        with _library_errors(path):
+            content = Path(file).read_bytes()
             self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(
-                f"data.tokenizer: {path} is not a JSON file of the `tokenizers` library ({error}); save one with "
-                f"Tokenizer.save, or use {_CHOICES}"
-            ) from error
         # A file may carry the settings of some training batch: these would cut and fill documents.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -118,11 +115,30 @@ class JSON(Tokenizer):
 
     def encode(self, text: str | bytes) -> Ids:
         text = text.decode() if isinstance(text, bytes) else text
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        with _library_errors(self.name):
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
         kept = [i for i in _checked(ids, self) if i != self.eos]
-        return self._tokenizer.decode(kept, skip_special_tokens=False)
+        with _library_errors(self.name):
+            return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+
+@contextmanager
+def _library_errors(path: str) -> Iterator[None]:
+    """Tell of what goes wrong in the `tokenizers` library as the file's fault.
+
+    It raises plain Exception; its panics are not even that.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(
+            f"data.tokenizer: {path} is not a JSON file of the `tokenizers` library, or not a sound one ({error}); "
+            f"save one with Tokenizer.save, or use {_CHOICES}"
+        ) from error
 
 
 class Tiktoken(Tokenizer):
@@ -188,7 +204,7 @@ def build(name: str) -> Tokenizer:
         return Bytes()
     if name.startswith("tiktoken:") or name in TIKTOKEN:
         return Tiktoken(name.removeprefix("tiktoken:"))
-    if name.endswith(".json") or Path(name).expanduser().is_file():
+    if name.endswith(".json") or os.path.isfile(os.path.expanduser(name)):
         return JSON(name)
     hint = typed.suggestion(name, ["bytes", *TIKTOKEN])
     raise DataError(f"data.tokenizer: unknown tokenizer {name!r}; {hint} (or the path of a tokenizer JSON file)")

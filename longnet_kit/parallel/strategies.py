@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from longnet_kit.attention.inputs import divisors
 from longnet_kit.attention.sharding import bind
 from longnet_kit.parallel import batches, group
 from longnet_kit.parallel.group import ProcessShard
@@ -206,9 +207,9 @@ def was_started_by_a_rank() -> bool:
 
 def indivisible_world(size: int, world: int) -> str:
     """What is wrong with groups of `size` ranks in a world that they do not divide, and which sizes do."""
-    divisors = ", ".join(str(d) for d in range(1, world + 1) if world % d == 0)
+    fitting = ", ".join(map(str, divisors(world)))
     more = -(-world // size) * size
-    return f"got {size}, which does not divide the {world} devices; use one of {divisors}, or {more} devices"
+    return f"got {size}, which does not divide the {world} devices; use one of {fitting}, or {more} devices"
 
 
 def checked_size(size: int | Literal["auto"]) -> int | Literal["auto"]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -41,6 +42,7 @@ class Windows(Dataset):
 
 def peak(r: Recipe) -> int:
     """Bytes that two steps of a recipe had allocated at most."""
+    gc.collect()  # what was left over before would be counted off when it goes
     arguments = dict(r.trainer) | {"max_steps": STEPS, "accelerator": "cpu", "limit_val_batches": 0}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         task = experiment.build_task(r)
