@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from longnet_kit import durable
+
 CHECKSUM = ".sha256"
 """What the name of a checkpoint's checksum ends in; `sha256sum --check` reads the file."""
 
@@ -130,7 +132,7 @@ def _write(checkpoint: dict[str, Any], target: Path) -> None:
     target.unlink(missing_ok=True)  # never an old checkpoint beside the new one's checksum
     os.replace(staged(checksum), checksum)
     os.replace(staged(target), target)
-    _sync(target.parent)
+    durable.sync_folder(target.parent)
 
 
 class _Hashing:
@@ -155,13 +157,3 @@ class _Hashing:
 
     def digest(self) -> str:
         return self._hash.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Make renames in a folder survive a power cut, where the system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

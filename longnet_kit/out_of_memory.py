@@ -153,7 +153,7 @@ def _spreads(r: Recipe) -> Iterator[Change]:
     one_node = "" if "num_nodes" in r.trainer else "trainer.num_nodes=1"
     twice = tuple(item for item in spread.on_nodes(2 * devices) if item != one_node)
     divided = f"strategy.name=sequence_parallel{'_fsdp' if fsdp else ''}"
-    size = f"strategy.sequence_parallel_size={2 * shards if divides else 2}"
+    size = f"strategy.sequence_parallel_size={2 * shards}"
     yield Change((*twice, divided, size), "each sequence on more devices")
     if not divides and r.data.batch_size % 2 == 0:
         items = (*twice, "strategy.name=fsdp", f"data.batch_size={r.data.batch_size // 2}")

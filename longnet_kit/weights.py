@@ -42,7 +42,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(saved, Mapping) or not isinstance(saved.get("state_dict"), Mapping):
         raise ValueError("it holds no state_dict")
-    return saved
+    return dict(saved)
 
 
 def _read_exported(path: Path) -> dict[str, Any]:

@@ -174,6 +174,13 @@ def test_a_plan_that_fails_leaves_the_advice(no_plan: None, monkeypatch: pytest.
         "model.activation_checkpointing=blocks": "each block is computed twice",
         "data.seq_len=512": "shorter contexts",
     }
+    once_more = "trainer.devices=2 strategy.name=sequence_parallel strategy.sequence_parallel_size=2"
+    assert ways(out_of_memory.advice(r, ON_CUDA, 3)) == ways(told) | {
+        once_more: "each sequence on more devices",
+        "trainer.devices=2 strategy.name=fsdp data.batch_size=4": "the global batch stays",
+    }
+    divided = load("trainer.devices=2", "strategy.name=fsdp")
+    assert "strategy.name=fsdp" not in ways(out_of_memory.advice(divided, ON_CUDA, 3))
     monkeypatch.setattr(recipe, "load_saved", None)
     assert out_of_memory.advice(r, ON_CPU, 3).splitlines()[1:] == [out_of_memory.NOTHING]
 

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from longnet_kit import typed
+from longnet_kit import durable, typed
 from longnet_kit.data.errors import DataError
 from longnet_kit.data.shards import Reader, Writer
 from longnet_kit.data.sources import SPLITS, Document, Source, Split, split_of
@@ -127,7 +127,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
         except OSError:
             if not folder.is_dir():  # else another process was first, with the same content
                 raise
-        _sync(folder.parent)
+        durable.sync_folder(folder.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -242,16 +242,6 @@ def _lock(folder: Path) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_EX)
             locked = True
         yield locked
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class _Progress:
