@@ -75,9 +75,21 @@ def set_aside(checkpoint: Path) -> Path:
     return aside
 
 
+def point(link: Path, target: Path) -> bool:
+    """Make a symbolic link to a file beside it, in place of an earlier one; says whether that went."""
+    made = link.with_name(f".{link.name}.link")
+    try:
+        made.unlink(missing_ok=True)
+        made.symlink_to(target.name)
+        os.replace(made, link)
+    except (OSError, NotImplementedError):
+        return False
+    return True
+
+
 def remove_staged(folder: Path) -> None:
     """Remove what a write that was cut off has left in a folder."""
-    for left_over in (*folder.glob(".*.ckpt"), *folder.glob(f".*{CHECKSUM}")):
+    for left_over in (*folder.glob(".*.ckpt"), *folder.glob(f".*{CHECKSUM}"), *folder.glob(".*.link")):
         left_over.unlink()
     for checksum in folder.glob(f"*{CHECKSUM}"):
         if not checksum.with_name(checksum.name.removesuffix(CHECKSUM)).exists():
@@ -88,13 +100,20 @@ def damage(checkpoint: Path) -> str:
     """What is wrong with the bytes of a checkpoint, in words; empty where nothing is.
 
     They are held against the checksum beside the file, or, where there is none, against those inside it.
+
+    Raises:
+        ValueError: it cannot be read now, which says nothing about it.
     """
     try:
         file = checkpoint.resolve(strict=True)
         status = file.stat()
         return _damage(file, status.st_size, status.st_mtime_ns)
+    except FileNotFoundError:
+        return "there is no such file"
     except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
+        raise ValueError(
+            f"{checkpoint} cannot be read ({error.strerror or error}); mend the disk or the permissions, then try again"
+        ) from error
 
 
 @lru_cache(maxsize=64)

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from longnet_kit import callbacks, checkpoint_io, out_of_memory, recipe, resume, run_lock, runs, signals
+from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
 from longnet_kit.trainers import lightning_errors, progress, say, si
 
@@ -38,8 +39,9 @@ def claim(r: Recipe, held: ExitStack) -> resume.Place:
     with _writing_to(directory):
         (directory / runs.SUMMARY).unlink(missing_ok=True)
         checkpoint_io.remove_staged(directory / runs.CHECKPOINTS)
-        for note in resume.set_damaged_aside(directory, place.ckpt):
-            say(f"note: {note}")
+        if place.ckpt is not None and place.directory is not None:
+            for note in resume.set_damaged_aside(directory, place.ckpt):
+                say(f"note: {note}")
         staged = directory / f".{runs.RECIPE}"
         recipe.save(r, staged)
         os.replace(staged, directory / runs.RECIPE)  # whoever finds a recipe finds a whole one
@@ -91,11 +93,14 @@ def fit(
         if trainer.is_global_zero:
             earlier = runs.metrics_until(runs.of_checkpoint(ckpt), first_step)
     validated: dict[int, float] = trainer.strategy.broadcast(_validations(earlier))
-    if ckpt is not None and runs.of_checkpoint(ckpt) != directory:
-        earlier = []  # of the run that this one is forked from
+    is_fork = ckpt is not None and runs.of_checkpoint(ckpt) != directory
+    if is_fork:
+        earlier = []  # they are those of the run that it comes from
     last_values = callbacks.LastValues(earlier)
     with _writing_to(directory):
         trainer.loggers = [*_loggers(r, directory, earlier, None if place.is_new else first_step + 1), last_values]
+    if isinstance(trainer.strategy, SequenceParallel):
+        trainer.strategy.explain = lambda error: _explained(r, error, trainer)
     saving = trainer.checkpoint_callback
     assert isinstance(saving, callbacks.Saving)
     saving.begin(directory / runs.CHECKPOINTS, validated)
@@ -104,13 +109,14 @@ def fit(
     try:
         with lightning_errors(), listener.listening():
             trainer.fit(task, datamodule=datamodule, ckpt_path=ckpt, weights_only=True)
-            status = "finished" if trainer.global_step >= trainer.max_steps else "stopped"
-            if status == "finished" and trainer.global_step == first_step and first_step not in validated:
+            has_finished = trainer.global_step >= trainer.max_steps
+            if has_finished and trainer.global_step == first_step and first_step not in validated:
                 trainer.validate(task, datamodule=datamodule, verbose=False)  # killed in its last validation
+            status = "finished" if has_finished else "stopped"
     except signals.Interrupted as error:
         status, error.checkpoint = "stopped", next(reversed(runs.checkpoints(directory)), None)
         if error.signum == getattr(signal, "SIGUSR1", None) and trainer.is_global_zero:
-            signals.requeue(say, goes_on=r.resume == "auto")
+            signals.requeue(say, goes_on=r.resume == "auto" and error.checkpoint is not None)
         raise
     except callbacks.NonFiniteError as error:
         newest = (runs.checkpoints(directory) or ["nothing: it was the first"])[-1]
@@ -122,6 +128,8 @@ def fit(
     except Exception as error:
         if not out_of_memory.is_out_of_memory(error):
             raise
+        if trainer.world_size > 1:
+            raise ValueError("memory ran out, see above") from error
         raise ValueError(out_of_memory.advice(r, error, trainer.global_step + 1)) from error
     finally:
         if trainer.is_global_zero and directory.is_dir():
@@ -131,6 +139,11 @@ def fit(
                 say(f"note: {directory / runs.SUMMARY} cannot be written ({error.strerror})")
     say(_closing_lines(directory, status, trainer.global_step, time.monotonic() - started, last_values.values))
     return directory
+
+
+def _explained(r: Recipe, error: BaseException, trainer: Trainer) -> str:
+    is_ours = out_of_memory.is_out_of_memory(error)
+    return out_of_memory.advice(r, error, trainer.global_step + 1) if is_ours else ""
 
 
 @contextmanager

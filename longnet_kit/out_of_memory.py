@@ -17,6 +17,7 @@ import torch
 
 from longnet_kit import placement, recipe, runs
 from longnet_kit.recipe import Recipe
+from longnet_kit.report import table
 
 if TYPE_CHECKING:
     from longnet_kit.plan import Plan
@@ -67,14 +68,12 @@ def advice(r: Recipe, error: BaseException, step: int) -> str:
         warnings.simplefilter("ignore")
         needed = _tried(lambda: _plan(r, _machine(r, error, on_gpu)))
         if needed is not None:
-            lines += _needs(needed)
-        lines += _ways_out(r, needed, on_gpu)
+            lines += _tried(lambda: _needs(needed)) or []
+        lines += _tried(lambda: _ways_out(r, needed, on_gpu)) or [NOTHING]
     return "\n".join(lines)
 
 
 def _headline(r: Recipe, error: BaseException, step: int, on_gpu: bool) -> str:
-    from longnet_kit.report import table
-
     max_steps = r.trainer["max_steps"]
     when = f"in step {step} of {max_steps}" if step <= max_steps else "after the last step"
     asked = _ASKED.search(str(error))
@@ -87,7 +86,6 @@ def _headline(r: Recipe, error: BaseException, step: int, on_gpu: bool) -> str:
 def _needs(needed: Plan) -> list[str]:
     """The plan's table, beside what the device has."""
     from longnet_kit.plan import text
-    from longnet_kit.report import table
 
     machine = needed.machine
     known = f"  of {table.size(machine.memory)} on {machine.name}" if math.isfinite(machine.memory) else ""
@@ -104,8 +102,6 @@ def _needs(needed: Plan) -> list[str]:
 
 def _ways_out(r: Recipe, needed: Plan | None, on_gpu: bool) -> list[str]:
     """The changes that help, the one that needs least first; without a plan, all that are possible."""
-    from longnet_kit.report import table
-
     found: list[tuple[float, str, str]] = []
     for change in _changes(r, on_gpu):
         changed = _tried(lambda items=change.items: _changed(r, items))
@@ -119,7 +115,7 @@ def _ways_out(r: Recipe, needed: Plan | None, on_gpu: bool) -> list[str]:
             size = f"{table.size(planned.peak):>9}{'' if planned.fits else ', still too much'}; "
             found.append((planned.peak, " ".join(change.items), size + change.remark))
     if not found:
-        return [NOTHING]
+        return []
     width = max(len(items) for _, items, _ in found)
     rows = [f"  {items:<{width}}  {words}" for _, items, words in sorted(found, key=lambda row: row[0])]
     return ["what needs less:", *rows]

@@ -129,7 +129,7 @@ class Recipe:
     task: str = "language_modeling"
     """Name of a registered task."""
     init_from: str | None = None
-    """Weights to start from, and nothing else: a run directory or a checkpoint."""
+    """Weights to start from, and nothing else: a run directory, a checkpoint or an exported file."""
     resume: str | None = None
     """null, `auto` (the newest run of this name goes on), or a run directory or checkpoint that a new run continues."""
     model: Model = field(default_factory=Model)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from longnet_kit import checkpoint_io, recipe, runs
+from longnet_kit import checkpoint_io, recipe, runs, weights
 from longnet_kit.dotted import leaves
 from longnet_kit.recipe import Recipe
 
 FREE_ON_RESUME = (
     ("trainer", "max_steps"),
+    ("trainer", "max_time"),
     ("trainer", "devices"),
     ("trainer", "num_nodes"),
     ("strategy",),
@@ -48,7 +49,8 @@ def find(r: Recipe) -> Place:
         return at(r, saved[-1])
     path = Path(r.resume)
     ckpt = path if path.is_file() else runs.checkpoint(runs.find(path))
-    if wrong := checkpoint_io.damage(ckpt):
+    is_exported = ckpt.suffix == weights.EXPORTED  # of which weights.check_resumable has more to say
+    if not is_exported and (wrong := checkpoint_io.damage(ckpt)):
         raise ValueError(f"resume: {ckpt} is damaged or no checkpoint ({wrong}); give another one, or resume=auto")
     run_directory = runs.of_checkpoint(ckpt)
     if (run_directory / runs.RECIPE).is_file():
@@ -57,26 +59,39 @@ def find(r: Recipe) -> Place:
 
 
 def at(r: Recipe, directory: Path) -> Place:
-    """How far a recipe's run has come in a run directory; checkpoints that are damaged do not count.
+    """How far a recipe's run has come in a run directory; the newest checkpoints do not count if they are damaged.
 
     Raises:
-        ValueError: it was trained under another recipe.
+        ValueError: it was trained under another recipe, or for longer, or all its checkpoints are damaged.
     """
     _check_same(r, directory)
-    sound = next((ckpt for ckpt in reversed(runs.checkpoints(directory)) if not checkpoint_io.damage(ckpt)), None)
-    return Place(directory, sound, _is_finished(directory, r))
+    is_finished, found = _is_finished(directory, r), runs.checkpoints(directory)
+    sound = next((ckpt for ckpt in reversed(found) if not checkpoint_io.damage(ckpt)), None)
+    if found and sound is None and not is_finished:
+        raise ValueError(
+            f"resume: all checkpoints of {directory} are damaged; to start it again from scratch, remove its "
+            f"{runs.CHECKPOINTS}/, or leave it as it is and train without resume"
+        )
+    if sound is not None and runs.step_of(sound) > r.trainer["max_steps"]:
+        raise ValueError(
+            f"resume: {sound} has done more than the {r.trainer['max_steps']} steps of trainer.max_steps; set it to "
+            f"at least {runs.step_of(sound)}"
+        )
+    return Place(directory, sound, is_finished)
 
 
-def set_damaged_aside(directory: Path, ckpt: Path | None) -> list[str]:
+def set_damaged_aside(directory: Path, ckpt: Path) -> list[str]:
     """Rename the checkpoints after the one that a run goes on from, which were found damaged; returns notes on them."""
     notes = []
     for damaged in runs.checkpoints(directory):
-        if ckpt is None or runs.step_of(damaged) > runs.step_of(ckpt):
+        if runs.step_of(damaged) > runs.step_of(ckpt):
             aside = checkpoint_io.set_aside(damaged)
-            instead = f"from {ckpt.name}" if ckpt else "from the start"
-            notes.append(
-                f"{damaged} is damaged ({checkpoint_io.damage(aside)}) and is now {aside.name}; goes on {instead}"
-            )
+            what = f"{damaged} is damaged ({checkpoint_io.damage(aside)}) and is now {aside.name}"
+            notes.append(f"{what}; goes on from {ckpt.name}")
+    for link in (runs.LATEST, runs.BEST):
+        place = directory / runs.CHECKPOINTS / link
+        if place.is_symlink() and not place.exists():
+            checkpoint_io.point(place, ckpt)
     return notes
 
 

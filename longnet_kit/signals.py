@@ -23,6 +23,9 @@ from typing import Any
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
 """Which signals are noted, as far as the system has them."""
 
+PATIENCE = 60.0
+"""Seconds that SLURM has to answer."""
+
 AT_ONCE = 130
 """The exit code of a process that a second SIGINT ends."""
 
@@ -74,7 +77,9 @@ class Listener:
             end.setblocking(False)
         before = {number: signal.getsignal(number) for number in _numbers()}
         wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        self.install()
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:  # as under nohup: to be ignored
+                signal.signal(number, _nothing)
         ours.setblocking(True)
         threading.Thread(target=self._read, args=(ours,), daemon=True, name="signals").start()
         try:
@@ -84,13 +89,6 @@ class Listener:
             for number, handler in before.items():
                 signal.signal(number, handler)
             theirs.close()  # ends the thread
-
-    def install(self) -> None:
-        """Make the handlers ours, again where Lightning has put its own in front of them."""
-        if threading.current_thread() is threading.main_thread():
-            for number in _numbers():
-                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup: to be ignored
-                    signal.signal(number, _nothing)
 
     def _read(self, ours: socket.socket) -> None:
         with ours:
@@ -132,8 +130,11 @@ def requeue(say: Callable[[str], Any], goes_on: bool) -> None:
     if not goes_on:
         say(f"SLURM job {job} is not requeued: without resume=auto it would start from scratch")
         return
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-    reason = f": {done.stderr.strip()}" if done.returncode else ""
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=PATIENCE)
+        reason = f": {done.stderr.strip()}" if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = f": {error}"
     say(f"SLURM job {job} {'could not be requeued' if reason else 'is requeued'}{reason}")
 
 

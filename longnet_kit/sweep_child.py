@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from longnet_kit import run_lock
 
-GRACE = 10.0
+GRACE = 60.0
 """Seconds that a run gets to end after a signal, before it is killed."""
 LEFTOVER_GRACE = 2.0
 """Seconds that processes of a run get to end after the first of them has."""

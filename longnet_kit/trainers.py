@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
-from longnet_kit import callbacks, checkpoint_io, parallel, placement, recipe_schema
+from longnet_kit import callbacks, checkpoint_io, parallel, placement, recipe_schema, runs
 from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
 from longnet_kit.signals import Interrupted
@@ -32,9 +32,7 @@ def build(r: Recipe, watchers: list[Callback]) -> Trainer:
     """
     arguments = dict(r.trainer)
     batches = arguments["max_steps"] * arguments.get("accumulate_grad_batches", 1)
-    arguments.setdefault("val_check_interval", max(1, batches // VALIDATIONS))
-    if isinstance(arguments["val_check_interval"], int):
-        arguments["val_check_interval"] = min(arguments["val_check_interval"], batches)
+    arguments["val_check_interval"] = _validation_interval(arguments, batches)
     if isinstance(arguments.get("devices"), list) and not placement.on_accelerator(r):
         raise ValueError(f"trainer.devices: {recipe_schema.listed_on_cpu(arguments['devices'])}")
     kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
@@ -52,10 +50,12 @@ def build(r: Recipe, watchers: list[Callback]) -> Trainer:
             plugins=plugins,
             callbacks=watchers,
             logger=False,
+            default_root_dir=str(runs.ROOT / r.name),  # under SLURM, Lightning would go on from what it finds there
             profiler=kind(filename="profile") if kind else None,  # without a name it would write to a log
             use_distributed_sampler=False,
             enable_model_summary=False,
         )
+    trainer._signal_connector.register_signal_handlers = lambda: None  # ours stay, see signals.Listener
     if isinstance(trainer.strategy, SequenceParallel):
         trainer.strategy.told_elsewhere = (Interrupted, callbacks.NonFiniteError)
         try:
@@ -63,6 +63,18 @@ def build(r: Recipe, watchers: list[Callback]) -> Trainer:
         except ValueError as error:
             raise ValueError(f"strategy.sequence_parallel_size: {error}") from error
     return trainer
+
+
+def _validation_interval(arguments: Mapping[str, Any], batches: int) -> int:
+    """Batches from one validation to the next: as the recipe says, but whole optimizer steps, as checkpoints are.
+
+    Args:
+        batches: those of the whole run, of which a fraction is meant.
+    """
+    accumulated = arguments.get("accumulate_grad_batches", 1)
+    given = arguments.get("val_check_interval")
+    wanted = batches // VALIDATIONS if given is None else given if isinstance(given, int) else int(given * batches)
+    return min(-(-max(1, wanted) // accumulated) * accumulated, batches)
 
 
 def progress(r: Recipe) -> list[Callback]:

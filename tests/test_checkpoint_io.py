@@ -67,7 +67,7 @@ def test_damage_is_found(written: Path, has_checksum: bool) -> None:
     changed(written, sound)
     assert checkpoint_io.damage(written) == ""
     written.unlink()
-    assert "No such file" in checkpoint_io.damage(written)
+    assert "no such file" in checkpoint_io.damage(written)
 
 
 def test_a_link_is_held_against_the_checksum_of_its_target(written: Path) -> None:

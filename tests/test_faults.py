@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from longnet_kit import checkpoint_io, cli, data, experiment, recipe, runs
+from longnet_kit import checkpoint_io, cli, data, experiment, recipe, resume, runs
 from longnet_kit.callbacks import MetricsTable
 from longnet_kit.data import cache
 
@@ -124,19 +124,49 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_sound(kind: str, capsy
     assert newest.exists() and checkpoint_io.damage(newest) == ""  # it was written again
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_starts_again_in_its_directory(
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again_by_itself(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = experiment.run(load())
-    first = torch.load(runs.checkpoint(run), weights_only=True)["state_dict"]
     for checkpoint in runs.checkpoints(run):
         put(checkpoint, b"")
     (run / runs.SUMMARY).unlink()  # else it has finished, and nothing is to do
-    capsys.readouterr()
-    assert experiment.run(load("resume=auto")) == run
-    assert capsys.readouterr().out.count("goes on from the start") == 3
-    again = torch.load(runs.checkpoint(run), weights_only=True)["state_dict"]
-    assert all(torch.equal(again[name], weight) for name, weight in first.items())
+    rows = (run / runs.METRICS).read_bytes()
+    assert cli.main(["fit", "tiny.yaml", "resume=auto"]) == cli.USER_ERROR
+    assert f"all checkpoints of {run} are damaged" in capsys.readouterr().err
+    assert len(runs.checkpoints(run)) == 3 and (run / runs.METRICS).read_bytes() == rows
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = experiment.run(load())
+
+    def failing(*_: Any) -> str:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_io, "_damage", failing)
+        code = cli.main(["fit", "tiny.yaml", "resume=auto", "trainer.max_steps=9"])
+    told = capsys.readouterr().err
+    assert code == cli.USER_ERROR and "cannot be read (Input/output error)" in told and str(run) in told
+    assert [runs.step_of(path) for path in runs.checkpoints(run)] == [2, 4, 6]
+
+
+def test_links_never_point_to_a_checkpoint_that_was_set_aside() -> None:
+    run = experiment.run(load())
+    flip(runs.checkpoint(run), random.Random(0))
+    before = runs.checkpoints(run)[-2]
+    assert len(resume.set_damaged_aside(run, before)) == 1
+    assert (run / runs.CHECKPOINTS / runs.LATEST).resolve().name == before.name
+
+
+def test_a_run_that_has_done_more_steps_than_asked_for_is_not_called_finished() -> None:
+    run = experiment.run(load())
+    (run / runs.SUMMARY).unlink()
+    with pytest.raises(ValueError, match=r"has done more than the 3 steps of trainer.max_steps.*at least 6"):
+        experiment.run(load("resume=auto", "trainer.max_steps=3"))
+    assert recipe.load_saved(run).trainer["max_steps"] == 6
 
 
 def test_a_malicious_checkpoint_never_executes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,13 +140,17 @@ def test_what_helps_depends_on_the_recipe() -> None:
     assert items() == {batch, blocks, "data.seq_len=512", divided, fsdp}
     assert items(error=ON_CPU) == {batch, blocks, "data.seq_len=512"}, "more processes share the same memory"
     assert items(blocks, "data.batch_size=1") == {"data.seq_len=512", divided}
-    assert "data.batch_size=1 trainer.accumulate_grad_batches=6" in items(
-        "data.batch_size=3", "trainer.accumulate_grad_batches=2"
-    )
+    odd = items("data.batch_size=3", "trainer.accumulate_grad_batches=2")
+    assert odd == {"data.batch_size=1 trainer.accumulate_grad_batches=6", blocks, "data.seq_len=512", divided}
     heads = items("model.attention.backend=sdpa", "model.dim=129", "model.heads=3", "model.positions=none")
     assert not any("sequence_parallel" in item for item in heads), "three heads do not divide among two devices"
     large = ["trainer.devices=8", "model.dim=1024", "model.ffn_dim=4096", "data.batch_size=1", "data.seq_len=256"]
     assert "strategy.name=fsdp" in items(*large)
+    nodes = items("trainer.devices=2", "trainer.num_nodes=2", name="parallel/quickstart")
+    further = "strategy.name=sequence_parallel strategy.sequence_parallel_size=4"
+    assert {item for item in nodes if "devices" in item} == {f"trainer.devices=8 trainer.num_nodes=1 {further}"}
+    further = "strategy.name=sequence_parallel_fsdp strategy.sequence_parallel_size=16"
+    assert f"trainer.devices=8 trainer.num_nodes=2 {further}" in items(name="parallel/longnet_1m")
     wide = items(*large, "trainer.num_nodes=2", "strategy.name=fsdp", "data.batch_size=2")
     assert "trainer.devices=8 trainer.num_nodes=4 strategy.name=fsdp data.batch_size=1" in wide
 
@@ -181,6 +185,8 @@ def test_a_plan_that_fails_leaves_the_advice(no_plan: None, monkeypatch: pytest.
     }
     divided = load("trainer.devices=2", "strategy.name=fsdp")
     assert "strategy.name=fsdp" not in ways(out_of_memory.advice(divided, ON_CUDA, 3))
+    shared = out_of_memory.advice(load(name="parallel/quickstart"), ON_CUDA, 3)
+    assert not any("strategy.name=fsdp" in items for items in ways(shared)), "it would not keep the global batch"
     monkeypatch.setattr(recipe, "load_saved", None)
     assert out_of_memory.advice(r, ON_CPU, 3).splitlines()[1:] == [out_of_memory.NOTHING]
 

@@ -101,6 +101,23 @@ def test_a_signal_to_all_processes_of_a_run_with_loaders_saves_too(start: Callab
     assert (code, run.saved()) == (143, run.logged()), output
 
 
+def test_a_signal_in_the_sanity_check_ends_the_run_after_its_first_step(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom pathlib import Path\nfrom longnet_kit.tasks import LanguageModeling\n"
+        "step = LanguageModeling.validation_step\n"
+        "def slow(self, batch, batch_idx):\n    step(self, batch, batch_idx)\n"
+        "    Path('checking').touch()\n    time.sleep(1)\n"
+        "LanguageModeling.validation_step = slow\n"
+    )
+    run = start("imports=[slow]", "trainer.num_sanity_val_steps=2")
+    run.wait_for((tmp_path / "checking").exists)
+    os.kill(run.process.pid, signal.SIGTERM)
+    code, output = run.ended()
+    assert (code, run.saved()) == (143, 1), output
+
+
 def test_a_second_sigint_ends_the_run_at_once(start: Callable[..., Run]) -> None:
     """Also where a step takes long: the main thread does not come back from it."""
     run = start("imports=[slow]", "data.num_workers=2")
@@ -159,6 +176,22 @@ def test_slurm_is_asked_to_requeue_a_run_that_goes_on(start: Callable[..., Run],
     assert (tmp_path / "asked").read_text() == "requeue 17\n"
 
 
+@pytest.mark.parametrize("error", [OSError("no such program"), subprocess.TimeoutExpired("scontrol", 60)])
+def test_a_slurm_that_does_not_answer_is_told_of(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(command: list[str], **_: Any) -> None:
+        assert command == ["scontrol", "requeue", "5_2"]
+        raise error
+
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(subprocess, "run", failing)
+    told: list[str] = []
+    signals.requeue(told.append, goes_on=True)
+    assert "SLURM job 5_2 could not be requeued" in told[0] and str(error) in told[0]
+
+
 def test_a_job_that_would_start_from_scratch_is_not_requeued(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -200,8 +233,8 @@ def test_a_thread_listens_to_nothing_and_does_no_harm() -> None:
 
     def listen() -> None:
         try:
-            with signals.Listener().listening() as listener:
-                listener.install()
+            with signals.Listener().listening():
+                pass
         except BaseException as error:
             errors.append(error)
 

@@ -117,6 +117,9 @@ class Board(TensorBoardLogger):
                 with suppress(OSError):
                     self._write_session(metadata.SESSION_END_INFO_TAG, session)
             self._is_described = False
+        if self._failed is not None:
+            self._failed = -math.inf  # however soon, it is the last time
+            self.save()
         with suppress(OSError):
             super().finalize(status)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from longnet_kit.parallel.strategies import SequenceParallel
 
@@ -59,6 +60,8 @@ class Generators(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(KEY) or [None]
+        if saved == [None]:
+            rank_zero_warn("the checkpoint holds no random generators: dropout and the like draw other numbers")
         self._next = saved[trainer.global_rank if len(saved) == trainer.world_size else 0]
 
 

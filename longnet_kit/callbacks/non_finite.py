@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +44,8 @@ class NonFinite(Callback):
     find the layer where it begins. Then the run ends by a `NonFiniteError`; or, up to `allowed` times in all, the
     update is left out and training goes on.
 
-    Gradients that overflow under a loss scale (`16-mixed`) are that scale's business: it leaves the update out itself.
+    Gradients that overflow under a loss scale (`16-mixed`) are that scale's business as long as it is above 1: it
+    leaves the update out itself, and gets smaller.
 
     Args:
         allowed: how many updates may be left out before the run ends.
@@ -73,17 +73,17 @@ class NonFinite(Callback):
         self._losses.append(loss.detach())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        norm = torch.zeros(()) if scaled else gradient_norm(pl_module)
+        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        norm = gradient_norm(pl_module)
         sums = torch.stack([*(x.float().sum() for x in self._losses), norm.float().to(pl_module.device)])
-        is_wrong = not bool(sums.isfinite().all())
-        if is_wrong and bool(sums[:-1].isfinite().all()):  # a norm overflows where no gradient does
-            is_wrong = any(not bool(_local(p.grad).isfinite().all()) for p in _with_gradient(pl_module))
+        is_wrong = not _is_finite(sums)
+        if is_wrong and _is_finite(sums[:-1]):  # a norm overflows where no gradient does
+            is_wrong = bool(_wrong_gradients(pl_module)) and (scaler is None or scaler.get_scale() <= 1)
         if any(greatest(trainer, int(is_wrong))):
-            self._handle(trainer, pl_module)
+            self._handle(trainer, pl_module, optimizer)
         self._batches, self._losses = [], []
 
-    def _handle(self, trainer: Trainer, module: LightningModule) -> None:
+    def _handle(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
         told = f"step {trainer.global_step + 1}: {self._found(trainer, module)}; the update was not made"
         if self.skipped >= self._allowed:
             after = f" and {self.skipped} were left out before" if self.skipped else ""
@@ -93,12 +93,11 @@ class NonFinite(Callback):
             )
         self.skipped += 1
         rank_zero_warn(f"{told}: left out, {self.skipped} of at most {self._allowed}")
-        for parameter in module.parameters():
-            parameter.grad = None
+        optimizer.zero_grad()  # not the module's parameters: FSDP may have put whole ones in their place
 
     def _found(self, trainer: Trainer, module: LightningModule) -> str:
         """What the ranks have found together, in words."""
-        own = self._look(module)
+        own = self._look(trainer, module)
         findings: list[Finding] = [own]
         if trainer.world_size > 1 and isinstance(trainer.strategy, SequenceParallel):
             gathered: list[Any] = [None] * trainer.world_size
@@ -109,17 +108,18 @@ class NonFinite(Callback):
         shown = ", ".join(map(str, samples[:16])) + (", ..." if len(samples) > 16 else "")
         return f"{first.place} (samples {shown or 'without an index'})"
 
-    def _look(self, module: LightningModule) -> Finding:
-        """Find the first value that is not finite: in the batches, in a forward pass, in the gradients.
+    def _look(self, trainer: Trainer, module: LightningModule) -> Finding:
+        """Find the first value that is not finite: in the weights, the batches, a forward pass, the gradients.
 
         All batches go through whatever is found, since ranks that share a sequence do that together.
         """
         places = [name for name, _ in module.named_modules()]
-        found: list[Finding] = []
+        wrong = _wrong_gradients(module)  # before the passes: FSDP puts whole parameters in the place of these
+        found = [Finding(-1, f"{name} is not finite since the update before", []) for name in wrong_weights(module)[:1]]
         generators.set_states(self._began)
         for number, (batch, batch_idx) in enumerate(self._batches):
             first_of_batch, samples = number * (len(places) + 2), _samples(batch)
-            layer, again = _first_layer(module, batch, batch_idx)
+            layer, again = _first_layer(trainer, module, batch, batch_idx)
             if any(x.is_floating_point() and not _is_finite(x) for x in tensors(batch)):
                 found.append(Finding(first_of_batch, "the input is not finite", samples))
             elif layer is not None:
@@ -131,7 +131,6 @@ class NonFinite(Callback):
                 where = "every layer's output is finite" + (" when the step is repeated" if _is_finite(again) else "")
                 told = f"the loss is {_word(self._losses[number])}, but {where}"
                 found.append(Finding(first_of_batch + 1 + len(places), told, samples))
-        wrong = [n for n, p in module.named_parameters() if p.grad is not None and not _is_finite(_local(p.grad))]
         samples = sorted({i for batch, _ in self._batches for i in _samples(batch)})
         if wrong:
             last = max(wrong, key=lambda name: places.index(name.rpartition(".")[0]))
@@ -141,7 +140,19 @@ class NonFinite(Callback):
         return found[0]
 
 
-def _first_layer(module: LightningModule, batch: Any, batch_idx: int) -> tuple[tuple[str, str] | None, Tensor]:
+def wrong_weights(module: nn.Module) -> list[str]:
+    """The parameters of which this rank's part is not finite."""
+    return [name for name, p in module.named_parameters() if not _is_finite(_local(p))]
+
+
+def _wrong_gradients(module: nn.Module) -> list[str]:
+    """The parameters of whose gradient this rank's part is not finite."""
+    return [name for name, p in module.named_parameters() if p.grad is not None and not _is_finite(_local(p.grad))]
+
+
+def _first_layer(
+    trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+) -> tuple[tuple[str, str] | None, Tensor]:
     """The first layer whose output is not finite when a batch goes through, and what it is instead; and the loss.
 
     What has overflowed inside a layer shows in its parts first, as they are done first.
@@ -159,7 +170,7 @@ def _first_layer(module: LightningModule, batch: Any, batch_idx: int) -> tuple[t
         if layer is not module
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), trainer.precision_plugin.train_step_context():
             output: Any = module.training_step(batch, batch_idx)
     finally:
         for handle in handles:
@@ -167,17 +178,12 @@ def _first_layer(module: LightningModule, batch: Any, batch_idx: int) -> tuple[t
     return found[0] if found else None, output["loss"] if isinstance(output, dict) else output
 
 
-def _with_gradient(module: nn.Module) -> Iterator[nn.Parameter]:
-    return (p for p in module.parameters() if p.grad is not None)
-
-
 def _samples(batch: Any) -> list[int]:
     index = batch.get("index") if isinstance(batch, dict) else None
     return [] if index is None else index.flatten().tolist()
 
 
-def _local(x: Tensor | None) -> Tensor:
-    assert x is not None
+def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from longnet_kit import checkpoint_io, runs
 from longnet_kit.callbacks.generators import Generators
-from longnet_kit.callbacks.non_finite import NonFiniteError
+from longnet_kit.callbacks.non_finite import NonFiniteError, wrong_weights
 from longnet_kit.parallel.agreement import greatest
 from longnet_kit.signals import Interrupted, Listener
 
@@ -33,8 +32,8 @@ class Saving(Checkpoint):
     """Saves every n-th optimizer step, the last one, a validation that is the best so far, and a run that ends early.
 
     The newest `keep` checkpoints stay, and the best. `latest.ckpt` and `best.ckpt` are symbolic links to them, where
-    the filesystem has such. A save that fails is told of and leaves the earlier checkpoints; the third in a row ends
-    the run.
+    the filesystem has such. A save that fails is told of and leaves the earlier checkpoints; the third step in a row
+    ends the run.
 
     A run that ends by an error saves too, unless the error came in the middle of an update, or on a rank of several
     that may be alone with it.
@@ -47,7 +46,8 @@ class Saving(Checkpoint):
         listener: which signal has come.
 
     Raises:
-        SaveError: during training, if three saves in a row have failed.
+        SaveError: during training, if three steps in a row could not be saved, or the last one.
+        NonFiniteError: during training, if an update has made a weight that is not finite.
         Interrupted: during training, on all ranks, when a signal has come to one.
     """
 
@@ -61,16 +61,18 @@ class Saving(Checkpoint):
         self._generators = generators
         self._listener = listener
         self._validated: dict[int, float] = {}
-        self._failures = 0
+        self._done: set[int] = set()
+        self._failed: set[int] = set()
         self._first_step = 0
         self._is_updating = False
 
     def begin(self, folder: Path, validated: Mapping[int, float]) -> None:
-        """Say where checkpoints go, and the `val/loss` of earlier steps that a resumed run goes on from."""
-        self.folder, self._validated = folder, dict(validated)
+        """Say where checkpoints go, and what a run that goes on has validated: `val/loss` by its step."""
+        steps = {runs.step_of(path) for path in runs.checkpoints_in(folder)}  # none where it is a fork
+        self.folder, self._done = folder, {*validated}
+        self._validated = {step: loss for step, loss in validated.items() if step in steps and math.isfinite(loss)}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listener.install()  # Lightning has put its own handlers there
         self._first_step = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -81,6 +83,9 @@ class Saving(Checkpoint):
             return
         self._is_updating = False
         if trainer.global_step % self._every_n_steps == 0 or trainer.global_step >= trainer.max_steps:
+            if self._wrong_weights(trainer, pl_module):
+                named = ", ".join(wrong_weights(pl_module)[:1])
+                raise NonFiniteError(f"step {trainer.global_step}: its update has made {named} not finite; not saved")
             self._save(trainer)
         self._end_if_asked(trainer)
 
@@ -92,86 +97,107 @@ class Saving(Checkpoint):
         loss = float(trainer.callback_metrics.get(MONITORED, math.nan))
         if trainer.sanity_checking or math.isnan(loss):
             return
-        best_before = self._best()
+        best = self._best_of(runs.checkpoints_in(self.folder))
+        is_best = best is None or loss < self._validated[runs.step_of(best)]
         self._validated[trainer.global_step] = loss
-        if self._keep_best and self._best() != best_before:
+        if trainer.strategy.broadcast(self._keep_best and is_best):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step > self._first_step:
-            self._save(trainer)
+        if trainer.global_step > self._first_step and (problem := self._save(trainer, is_last=True)):
+            raise SaveError(
+                f"step {trainer.global_step}, the last, could not be saved in {self.folder} ({problem}); make room, "
+                "then go on with resume=auto"
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         on_all_ranks = trainer.world_size == 1 or isinstance(exception, (Interrupted, NonFiniteError))
         is_sound = on_all_ranks and not self._is_updating and not isinstance(exception, SaveError)
-        if is_sound and trainer.global_step > self._first_step:
+        if is_sound and trainer.global_step > self._first_step and not self._wrong_weights(trainer, pl_module):
             self._save(trainer, is_last=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validated": self._validated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up losses of checkpoints that are still here, whether metrics.csv has them or not."""
+        steps = {runs.step_of(path) for path in runs.checkpoints_in(self.folder)}
+        self._validated = {s: loss for s, loss in state_dict["validated"].items() if s in steps} | self._validated
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._generators.is_mid_step:
             _take_back_half_a_step(checkpoint["loops"]["fit_loop"], trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if int(checkpoint["global_step"]) not in self._validated:
+        if int(checkpoint["global_step"]) not in self._done:
             _ask_for_validation(checkpoint["loops"]["fit_loop"])
+        for callback in [name for name in checkpoint["callbacks"] if name.startswith("Timer")]:
+            del checkpoint["callbacks"][callback]  # trainer.max_time is that of one start
 
     def _end_if_asked(self, trainer: Trainer) -> None:
         (signum,) = greatest(trainer, self._listener.received)
         if signum:
             raise Interrupted(signum, trainer.global_step)
 
-    def _save(self, trainer: Trainer, is_last: bool = False) -> None:
-        """Save the step where the run is, unless that was done, and sort out what stays."""
+    def _wrong_weights(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Whether an update has made a weight that is not finite, on any rank."""
+        return bool(greatest(trainer, int(bool(wrong_weights(module))))[0])
+
+    def _save(self, trainer: Trainer, is_last: bool = False) -> str:
+        """Save the step where the run is, unless that was done, and sort out what stays; returns what was wrong.
+
+        Args:
+            is_last: no other step comes, so that a failure is only told of.
+
+        Raises:
+            SaveError: it was the third step in a row that could not be saved.
+        """
         io: Any = trainer.strategy.checkpoint_io
-        path = runs.checkpoint_of(self.folder, trainer.global_step)
-        problem = ""
+        step, problem = trainer.global_step, ""
+        path = runs.checkpoint_of(self.folder, step)
         if not trainer.strategy.broadcast(path.exists()):
             trainer.save_checkpoint(path)
             problem = trainer.strategy.broadcast(io.problem)
         if not problem:
-            self._failures = 0
+            self._failed = set()
             if trainer.is_global_zero:
                 with suppress(OSError):  # links and old checkpoints are no reason to end a run
                     self._sort_out()
-            return
-        self._failures += 1
-        told = f"step {trainer.global_step} could not be saved in {self.folder} ({problem})"
-        if self._failures < PATIENCE or is_last:
-            newest = next((p.name for p in reversed(runs.checkpoints_in(self.folder))), "none")
-            goes_on = "" if is_last else "; training goes on. Make room there: the run stops when it fails three times"
-            rank_zero_warn(f"{told}; the newest checkpoint is {newest}{goes_on}")
-        else:
+            return ""
+        is_told = step in self._failed
+        self._failed.add(step)
+        told = f"step {step} could not be saved in {self.folder} ({problem})"
+        if len(self._failed) >= PATIENCE and not is_last:
             raise SaveError(
                 f"{told}, nor could the two saves before. The run has stopped: make room, then go on with resume=auto"
             )
+        if not is_told:
+            newest = next((p.name for p in reversed(runs.checkpoints_in(self.folder))), "none")
+            goes_on = "" if is_last else "; training goes on. Make room there: the run stops when three steps fail"
+            rank_zero_warn(f"{told}; the newest checkpoint is {newest}{goes_on}")
+        return problem
 
     def _sort_out(self) -> None:
+        """Point the links to the newest and the best checkpoint, and remove what is neither among the newest nor best.
+
+        What a link points to that could not be changed stays too.
+        """
         found = runs.checkpoints_in(self.folder)
-        newest, best = found[-self._keep :], self._best_of(found)
-        _link(self.folder / runs.LATEST, found[-1])
-        if best is not None:
-            _link(self.folder / runs.BEST, best)
+        best = self._best_of(found)
+        stay = {*found[-self._keep :], *([best] if best else [])}
+        for name, target in ((runs.LATEST, found[-1]), (runs.BEST, best)):
+            link = self.folder / name
+            if target is not None and not checkpoint_io.point(link, target) and link.exists():
+                stay.add(link.with_name(link.resolve().name))
         for path in found:
-            if path not in newest and path != best:
+            if path not in stay:
                 checkpoint_io.remove(path)
 
-    def _best(self) -> int | None:
-        """The step with the lowest loss; the first of equals."""
-        return min(self._validated, key=lambda step: (self._validated[step], step), default=None)
-
     def _best_of(self, checkpoints: list[Path]) -> Path | None:
+        """The one with the lowest loss; the first of equals."""
         steps = {runs.step_of(path): path for path in checkpoints}
         measured = [step for step in steps if step in self._validated] if self._keep_best else []
         return steps[min(measured, key=lambda step: (self._validated[step], step))] if measured else None
-
-
-def _link(link: Path, target: Path) -> None:
-    """Make a symbolic link to a file beside it, in place of an earlier one."""
-    staged = link.with_name(f".{link.name}.link")
-    with suppress(OSError, NotImplementedError):
-        staged.unlink(missing_ok=True)
-        staged.symlink_to(target.name)
-        os.replace(staged, link)
 
 
 def _take_back_half_a_step(loops: dict[str, Any], trainer: Trainer) -> None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -52,6 +53,8 @@ class SequenceParallel(Strategy):
     _mesh: DeviceMesh | None = None
     told_elsewhere: tuple[type[Exception], ...] = ()
     """Errors that end all ranks alike, and of which somebody else tells the user."""
+    explain: Callable[[BaseException], str] = staticmethod(lambda _: "")
+    """More to tell of an error that ends this rank; asked before the others are ended."""
     control: dist.ProcessGroup | None = None
     """All ranks, for numbers in CPU memory; None before processes are connected."""
 
@@ -160,7 +163,8 @@ class SequenceParallel(Strategy):
         what = f"{type(exception).__name__}: {str(exception).strip().splitlines()[0] if str(exception) else ''}"
         if is_about_transfers(exception):
             what = f"another rank died, or did not answer within {seconds} ({what})"
-        return f"longnet_kit: rank {rank} of {world} ends: {what}. The job comes down with it"
+        told = f"longnet_kit: rank {rank} of {world} ends: {what}. The job comes down with it"
+        return "\n".join(filter(None, (told, self.explain(exception))))
 
     @property
     def _module(self) -> LightningModule:
@@ -202,7 +206,7 @@ class SequenceParallelStrategy(SequenceParallel, DDPStrategy):
 
 def was_started_by_a_rank() -> bool:
     """Whether the first rank has started this process as another one."""
-    return str(os.getppid()) == os.environ.get(_LAUNCHER)
+    return os.environ.get("LOCAL_RANK", "0") != "0" and str(os.getppid()) == os.environ.get(_LAUNCHER)
 
 
 def indivisible_world(size: int, world: int) -> str:

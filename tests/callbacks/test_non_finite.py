@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,6 +170,25 @@ def test_a_stated_number_of_updates_is_left_out(monkeypatch: pytest.MonkeyPatch)
     assert all(bool(x.isfinite().all()) for x in weights[-1].values())
 
 
+def test_the_layer_is_found_under_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def planted(task: LanguageModeling) -> None:
+        layer = task.model.blocks[1].feed_forward.fc1  # type: ignore[union-attr]
+        layer.register_forward_hook(
+            lambda _, __, out: out * float("inf") if is_now(task) and out.dtype == torch.bfloat16 else out
+        )
+
+    with pytest.raises(callbacks.NonFiniteError, match=r"the output of model\.blocks\.1\.feed_forward\.fc1 is"):
+        train(monkeypatch, planted, "trainer.precision=bf16-mixed")
+
+
+def test_a_resumed_run_remembers_how_many_were_left_out() -> None:
+    guard = callbacks.NonFinite(allowed=3)
+    guard.skipped = 2
+    other = callbacks.NonFinite(allowed=3)
+    other.load_state_dict(guard.state_dict())
+    assert other.skipped == 2
+
+
 def test_one_more_than_that_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def always(task: LanguageModeling) -> None:
         step = task.training_step
@@ -192,10 +213,11 @@ def test_an_input_that_is_not_finite_is_told_of() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             return batch["x"].sum()
 
+    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(train_step_context=nullcontext))
     guard = callbacks.NonFinite()
     guard.on_train_batch_start(None, None, {"x": torch.tensor([1.0, float("nan")]), "index": torch.tensor([7])}, 0)  # type: ignore[arg-type]
     guard.on_before_backward(None, None, torch.tensor(float("nan")))  # type: ignore[arg-type]
-    finding = guard._look(Task())  # type: ignore[arg-type]
+    finding = guard._look(trainer, Task())  # type: ignore[arg-type]
     assert (finding.place, finding.samples) == ("the input is not finite", [7])
 
 

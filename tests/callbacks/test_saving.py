@@ -130,12 +130,12 @@ def fail(monkeypatch: pytest.MonkeyPatch, saves: set[int]) -> list[int]:
 
 
 def test_a_failed_save_is_told_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = fail(monkeypatch, {3, 4, 6})
+    tried = fail(monkeypatch, {3, 4, 6})  # the last step is tried again at the end
     with pytest.warns(
         UserWarning, match=r"step 9 could not be saved.*No space left.*newest checkpoint is step_00000006"
     ):
         run = experiment.run(load("checkpoint.keep_best=false", "trainer.max_steps=18", "checkpoint.keep=10"))
-    assert tried == [3, 6, 9, 12, 15, 18, 18]  # the last one is tried again at the end
+    assert tried == [3, 6, 9, 12, 15, 18, 18]
     assert steps(run) == [3, 6, 15, 18]
     assert runs.read_summary(run)["status"] == "finished"
     assert not list((run / runs.CHECKPOINTS).glob(".*"))
@@ -157,6 +157,78 @@ def test_three_failed_saves_in_a_row_stop_the_run(
     assert runs.read_summary(run)["status"] == "failed"
     again = experiment.run(load("checkpoint.keep_best=false", "resume=auto", "trainer.max_steps=12"))
     assert again == run and steps(run) == [9, 12]
+
+
+def test_a_last_step_that_cannot_be_saved_is_no_finished_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        tried = fail(patched, set(range(4, 100)))
+        with pytest.warns(UserWarning, match="step 9 could not be saved"):
+            assert cli.main(["fit", "tiny.yaml", "trainer.max_steps=9"]) == cli.USER_ERROR
+    told = capsys.readouterr().err
+    assert tried[:3] == [3, 4, 6] and {*tried[3:]} == {8, 9}, tried
+    assert "step 9, the last, could not be saved" in told and "two saves before" not in told
+    run = Path("runs/tiny/version_0")
+    assert runs.read_summary(run)["status"] == "failed" and steps(run) == [4, 6]
+    assert experiment.run(load("trainer.max_steps=9", "resume=auto")) == run
+    assert steps(run)[-1] == 9
+
+
+def test_weights_that_an_update_has_spoilt_are_not_saved(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    update = torch.optim.AdamW.step
+    for spoilt, told in ((6, "step 6: its update has made model."), (5, "is not finite since the update before")):
+
+        def spoil(self: Any, closure: Any = None, spoilt: int = spoilt) -> Any:
+            result = update(self, closure)
+            if self.state and next(iter(self.state.values()))["step"] == spoilt:
+                self.param_groups[0]["params"][0].data.view(-1)[0] = float("nan")
+            return result
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.optim.AdamW, "step", spoil)
+            argv = ["fit", "tiny.yaml", f"name=s{spoilt}", "checkpoint.keep=1", "checkpoint.keep_best=false"]
+            assert cli.main(argv) == cli.FAULT
+        run = Path(f"runs/s{spoilt}/version_0")
+        printed = capsys.readouterr().err
+        assert told in printed and str(runs.checkpoint(run)) in printed
+        assert steps(run) == [3]
+
+
+def test_the_best_is_known_without_metrics_csv(losses: Callable[[list[float]], None]) -> None:
+    losses([1.0, 2.0, 3.0, 4.0])
+    run = experiment.run(load("trainer.max_steps=8"))
+    (run / runs.METRICS).unlink()
+    experiment.run(load("resume=auto"))
+    assert link(run, runs.BEST) == 4 and 4 in steps(run)
+
+
+def test_what_a_link_that_cannot_be_changed_points_to_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = checkpoint_io.point
+    monkeypatch.setattr(checkpoint_io, "point", lambda link, to: runs.step_of(to) < 6 and point(link, to))
+    run = experiment.run(load("checkpoint.keep=1", "checkpoint.keep_best=false"))
+    assert steps(run) == [3, 12] and link(run, runs.LATEST) == 3
+
+
+def test_time_that_is_up_ends_a_start_and_not_the_run() -> None:
+    done = [0]
+    for _ in range(2):
+        run = experiment.run(load("resume=auto", "trainer.max_steps=100000", "trainer.max_time='00:00:00:02'"))
+        done.append(steps(run)[-1])
+        assert runs.read_summary(run)["status"] == "stopped"
+    assert 0 < done[1] < done[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "every"), [("val_check_interval=7", 4), ("max_steps=12", 2), ("val_check_interval=0.3", 4)]
+)
+def test_validations_come_at_whole_steps(given: str, every: int) -> None:
+    """Where they fell into an accumulated one, a resumed run would have them twice."""
+    run = experiment.run(load("trainer.accumulate_grad_batches=2", f"trainer.{given}"))
+    rows = [int(row["step"]) for row in runs.metrics_until(run, 99) if "val/loss" in row]
+    assert rows == sorted({*range(every, 13, every), 12})
 
 
 @pytest.mark.parametrize("step", [1, 5])

@@ -16,7 +16,7 @@ from longnet_kit import attention, cli, experiment, plan, recipe
 from longnet_kit.attention.sharding import bind
 from longnet_kit.parallel import threads
 from longnet_kit.parallel.threads import ThreadShard
-from longnet_kit.plan import estimate, machines, spread
+from longnet_kit.plan import estimate, machines, spread, step
 from tests.parallel import ranks
 from tests.plan import measured
 
@@ -254,6 +254,19 @@ def test_a_backend_that_cannot_run_without_data_is_told(capsys: pytest.CaptureFi
     assert cli.main(["plan", "quickstart", "model.attention.backend=reads_numbers"]) == 0
     told = capsys.readouterr().out
     assert "unknown   the attention backend does not run without data" in told and "peak" in told
+
+
+def test_memory_that_runs_out_meanwhile_is_not_the_backends_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = step.run
+
+    def run(*given: Any, opaque: bool = False, **named: Any) -> Any:
+        if not opaque:
+            raise MemoryError
+        return real(*given, opaque=True, **named)
+
+    monkeypatch.setattr(step, "run", run)
+    with pytest.raises(MemoryError):
+        plan.plan("quickstart", ["model.layers=1"])
 
 
 def test_a_billion_tokens_on_paper(capsys: pytest.CaptureFixture[str]) -> None:
