@@ -85,30 +85,14 @@ def fit(
 
     Where the user's error comes before the first step, a new directory is removed: there was no run.
     """
-    directory, ckpt = place.directory, place.ckpt
+    directory = place.directory
     assert directory is not None
-    first_step, earlier = 0, []
-    if ckpt is not None:
-        first_step = int(torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-        if trainer.is_global_zero:
-            earlier = runs.metrics_until(runs.of_checkpoint(ckpt), first_step)
-    validated: dict[int, float] = trainer.strategy.broadcast(_validations(earlier))
-    is_fork = ckpt is not None and runs.of_checkpoint(ckpt) != directory
-    if is_fork:
-        earlier = []  # they are those of the run that it comes from
-    last_values = callbacks.LastValues(earlier)
-    with _writing_to(directory):
-        trainer.loggers = [*_loggers(r, directory, earlier, None if place.is_new else first_step + 1), last_values]
-    if isinstance(trainer.strategy, SequenceParallel):
-        trainer.strategy.explain = lambda error: _explained(r, error, trainer)
-    saving = trainer.checkpoint_callback
-    assert isinstance(saving, callbacks.Saving)
-    saving.begin(directory / runs.CHECKPOINTS, validated)
+    first_step, validated, last_values = _prepare(r, trainer, place)
     say(f"{r.name}: {trainer.max_steps} steps into {directory}")
     started, status = time.monotonic(), "failed"
     try:
         with lightning_errors(), listener.listening():
-            trainer.fit(task, datamodule=datamodule, ckpt_path=ckpt, weights_only=True)
+            trainer.fit(task, datamodule=datamodule, ckpt_path=place.ckpt, weights_only=True)
             has_finished = trainer.global_step >= trainer.max_steps
             if has_finished and trainer.global_step == first_step and first_step not in validated:
                 trainer.validate(task, datamodule=datamodule, verbose=False)  # killed in its last validation
@@ -139,6 +123,34 @@ def fit(
                 say(f"note: {directory / runs.SUMMARY} cannot be written ({error.strerror})")
     say(_closing_lines(directory, status, trainer.global_step, time.monotonic() - started, last_values.values))
     return directory
+
+
+def _prepare(r: Recipe, trainer: Trainer, place: resume.Place) -> tuple[int, dict[int, float], callbacks.LastValues]:
+    """Set the trainer up for a run directory.
+
+    Returns:
+        The step to go on from, what is validated by then, and the logger of the summary.
+    """
+    directory, ckpt = place.directory, place.ckpt
+    assert directory is not None
+    first_step, earlier = 0, []
+    if ckpt is not None:
+        first_step = int(torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        if trainer.is_global_zero:
+            earlier = runs.metrics_until(runs.of_checkpoint(ckpt), first_step)
+    validated: dict[int, float] = trainer.strategy.broadcast(_validations(earlier))
+    is_fork = ckpt is not None and runs.of_checkpoint(ckpt) != directory
+    if is_fork:
+        earlier = []  # they are those of the run that it comes from
+    last_values = callbacks.LastValues(earlier)
+    with _writing_to(directory):
+        trainer.loggers = [*_loggers(r, directory, earlier, None if place.is_new else first_step + 1), last_values]
+    if isinstance(trainer.strategy, SequenceParallel):
+        trainer.strategy.explain = lambda error: _explained(r, error, trainer)
+    saving = trainer.checkpoint_callback
+    assert isinstance(saving, callbacks.Saving)
+    saving.begin(directory / runs.CHECKPOINTS, validated)
+    return first_step, validated, last_values
 
 
 def _explained(r: Recipe, error: BaseException, trainer: Trainer) -> str:

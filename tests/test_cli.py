@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from longnet_kit import board, cli, experiment, export, recipe, shipped, sweep, testing
+from longnet_kit import board, cli, cli_arguments, experiment, export, recipe, shipped, sweep, testing
 from longnet_kit.recipe import Recipe
 from longnet_kit.report import compare, pattern
 
@@ -196,7 +196,7 @@ def test_a_librarys_error_is_a_fault_and_keeps_its_traceback(monkeypatch: pytest
 def test_a_fault_exits_with_1_and_a_traceback() -> None:
     program = """
 import sys
-from longnet_kit import cli, experiment
+from longnet_kit import cli, cli_arguments, experiment
 experiment.run = lambda r: 1 / 0
 sys.exit(cli.main(["fit", "quickstart"]))
 """
@@ -232,7 +232,7 @@ def test_help_is_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> No
 def test_the_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["--help"])
     shown = capsys.readouterr().out
-    assert [verb for verb in cli.VERBS if f"    {verb}" in shown] == list(cli.VERBS)
+    assert [verb for verb in cli_arguments.VERBS if f"    {verb}" in shown] == list(cli_arguments.VERBS)
 
 
 @pytest.mark.parametrize(("verb", "seconds"), [("--help", 0.4), ("list", 1.5)])

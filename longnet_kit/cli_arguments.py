@@ -1,0 +1,107 @@
+"""What the command `longnet` takes: its verbs, and the arguments of each."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+import longnet_kit
+from longnet_kit import typed
+
+VERBS = (
+    "fit", "validate", "test", "export", "list", "show", "plan", "pattern", "sweep", "compare", "board",
+    "check-backend",
+)  # fmt: skip
+
+
+class UsageError(ValueError):
+    """Arguments that the command does not take."""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse; options of a verb may stand anywhere after it.
+
+    The verb is looked at first: argparse would not say which one was meant.
+    """
+    if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
+        raise UsageError(f"there is no verb {argv[0]!r}; {typed.suggestion(argv[0], VERBS)}")
+    parser, verbs = _parsers()
+    if argv and argv[0] in verbs:
+        return verbs[argv[0]].parse_intermixed_args(argv[1:], argparse.Namespace(verb=argv[0]))
+    return parser.parse_args(argv or ["--help"])
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what argparse would print and exit with."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            message += "; keys of the recipe are set without dashes: key.path=value"
+        raise UsageError(f"{message}\n{self.format_usage().rstrip()}")
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The command's parser, and each verb's own."""
+    parser = _Parser(
+        prog="longnet",
+        description="Train language models with LongNet and its rivals, from recipes.",
+        epilog="`longnet VERB --help` says more about one of them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"longnet_kit {longnet_kit.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    recipe = ("recipe", "a recipe file, or the name of a shipped recipe (see `longnet list`)")
+    run = ("run", "a run directory, runs/<name> for its newest version, or a recipe whose run is there")
+    overrides = ("overrides", "key.path=value", "sets a key of the recipe, like model.layers=2; the value is YAML")
+    options = ("options", "key=value", "an argument of the backend; imports=[module] imports a plug-in first")
+    made: dict[str, argparse.ArgumentParser] = {}
+
+    def verb(
+        name: str, words: str, subject: tuple[str, str] | None = None, rest: Any = None
+    ) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".", allow_abbrev=False)
+        if subject is not None:
+            sub.add_argument(subject[0], metavar=subject[0].upper(), help=subject[1])
+        if rest is not None:
+            sub.add_argument(rest[0], metavar=rest[1], nargs="*", help=rest[2])
+        made[name] = sub
+        return sub
+
+    verb("fit", "train what a recipe says", recipe, overrides)
+    verb("validate", "measure a run's newest checkpoint on the validation split", run, overrides)
+    verb("test", "measure a run's newest checkpoint on the test split", run, overrides)
+    exported = verb("export", "write a run's weights and recipe into one safetensors file", run)
+    exported.add_argument("output", metavar="OUT", type=Path, help="a .safetensors file")
+    exported.add_argument(
+        "--checkpoint", metavar="FILE", type=Path, help="which of the run's checkpoints; by default the newest"
+    )
+    verb("list", "name every recipe, with a line on it")
+    verb("show", "print a recipe in full, its parameter count and its FLOPs", recipe, overrides)
+    planned = ("overrides", "devices=N gpu=NAME key.path=value", "how many devices in all; h100, h200 or a100; keys")
+    verb("plan", "say what a run will cost each device, before anything is run", recipe, planned)
+    drawn = ("overrides", "length=N key.path=value", "tokens in the drawn sequence, by default 16; keys of the recipe")
+    pattern = verb("pattern", "draw who attends to whom, per branch and head, and mixed", recipe, drawn)
+    pattern.add_argument("--output", type=Path, metavar="FILE", help="also draw a figure: a .png, .pdf or .svg file")
+    grid = ("overrides", "key.path=a,b,c", "values to try: one run for each combination; or a single value for all")
+    verb("sweep", "train a recipe once for each combination of values; goes on where it was", recipe, grid)
+    runs = ("runs", "RUN", "run directories, folders of them, or patterns like 'runs/*'; by default all in runs/")
+    _add_comparison(verb("compare", "hold runs against each other, in a table and a plot", rest=runs))
+    board = verb("board", "start TensorBoard on runs/ and print its address")
+    board.add_argument("directory", metavar="DIRECTORY", nargs="?", type=Path, default=Path("runs"), help="of runs")
+    board.add_argument("--port", type=int, default=None, help="by default the first free one from 6006; 0 for any")
+    board.add_argument("--host", default="localhost", help="the address to listen on; 0.0.0.0 for all of the machine's")
+    backend = ("name", "a registered attention backend")
+    verb("check-backend", "hold an attention backend to the definition", backend, options)
+    return parser, made
+
+
+def _add_comparison(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("--sort", metavar="TAG", help="the metric that orders the runs; by default val/loss")
+    compare.add_argument("--metric", metavar="TAG", action="append", default=[], help="show this one; may be repeated")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves: a .png, .pdf or .svg file")
+    compare.add_argument(
+        "--against", choices=("steps", "tokens", "seconds"), default="steps", help="what the plot's curves are over"
+    )
+    compare.add_argument("--csv", type=Path, metavar="FILE", help="write the table in full precision")
+    compare.add_argument("--markdown", action="store_true", help="print the table as Markdown")
