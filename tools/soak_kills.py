@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from longnet_kit import checkpoint_io, experiment, recipe, runs
+from longnet_kit import callbacks, checkpoint_io, experiment, recipe, runs
 from longnet_kit.tasks import LanguageModeling
 
 RECIPE = """
@@ -40,6 +40,15 @@ checkpoint: {every_n_steps: 4, keep: 2}
 TIMED = {"train/seconds", "train/tokens_per_second", "train/mfu", "train/peak_memory"}
 STATES = ("state_dict", "optimizer_states", "lr_schedulers", "generators", "LanguageModelingData", "global_step")
 TRACE = "trace.txt"
+LAST = [
+    (callbacks.Saving, "on_train_batch_end", True),
+    (callbacks.Consumption, "on_validation_end", False),
+    (callbacks.LossByPosition, "on_validation_end", True),
+    (callbacks.Saving, "on_validation_end", False),
+    (callbacks.Consumption, "on_train_end", False),
+    (callbacks.Consumption, "on_train_end", True),
+]
+"""Moments after the last update: from its checkpoint to the end of the run."""
 
 
 def main() -> int:
@@ -48,14 +57,16 @@ def main() -> int:
     parser.add_argument("--saves", type=int, default=5, help="how many of them in the middle of a save")
     parser.add_argument("--workers", type=int, default=0, help="data loader processes of each training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--last-step", action="store_true", help="kill others at chosen moments after the last update")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        return soak(arguments.kills, arguments.saves, arguments.workers, random.Random(arguments.seed))
+        moments = random.Random(arguments.seed)
+        return soak(arguments.kills, arguments.saves, arguments.workers, moments, arguments.last_step)
 
 
-def soak(kills: int, saves: int, workers: int, moments: random.Random) -> int:
+def soak(kills: int, saves: int, workers: int, moments: random.Random, last_step: bool = False) -> int:
     """Kill, resume and compare; returns how many trainings differed."""
     lay()
     began = time.monotonic()
@@ -77,16 +88,26 @@ def soak(kills: int, saves: int, workers: int, moments: random.Random) -> int:
             wait_for(batch, Path(f"{name}.{TRACE}"))
             time.sleep(delay)
             os.kill(pid, signal.SIGKILL)
-        code = ended(pid)
-        at = last_step(name)
-        resumed = ended(train(name, workers))
-        different = differences(whole, outcome(name)) if resumed == 0 else [Path(f"{name}.log").read_text()[-2000:]]
-        was_killed = code == -signal.SIGKILL
-        wrong += bool(different)
-        print(f"{how:<22} {'killed' if was_killed else 'had ended'}, checkpoint {at:>2}: "
-              f"{'; '.join(different) or 'identical'}", flush=True)  # fmt: skip
+        wrong += told(how, name, pid, workers, whole)
+    for number, (callback, hook, is_after) in enumerate(LAST if last_step else []):
+        name = f"last_{number}"
+        pid = train(name, workers, lambda c=callback, h=hook, a=is_after: die_in_the_last_step(c, h, a))
+        wrong += told(f"{'after' if is_after else 'before'} {callback.__name__}.{hook}", name, pid, workers, whole)
+    kills += len(LAST) if last_step else 0
     print(f"{kills - wrong} of {kills} are bit-identical to the undisturbed one")
     return wrong
+
+
+def told(how: str, name: str, pid: int, workers: int, whole: dict[str, Any]) -> bool:
+    """Let a killed training go on, and print and return whether it differs from the undisturbed one."""
+    code = ended(pid)
+    at = saved_step(name)
+    resumed = ended(train(name, workers))
+    different = differences(whole, outcome(name)) if resumed == 0 else [Path(f"{name}.log").read_text()[-2000:]]
+    was_killed = code == -signal.SIGKILL
+    print(f"{how:<40} {'killed' if was_killed else 'had ended'}, checkpoint {at:>2}: "
+          f"{'; '.join(different) or 'identical'}", flush=True)  # fmt: skip
+    return bool(different)
 
 
 def lay() -> None:
@@ -134,6 +155,21 @@ def trace(file: Path) -> None:
     LanguageModeling.training_step = noted  # type: ignore[method-assign]
 
 
+def die_in_the_last_step(callback: type, hook: str, is_after: bool) -> None:
+    """Let a hook of a callback in the last step be where this process ends."""
+    act = getattr(callback, hook)
+
+    def fatal(self: Any, trainer: Any, *rest: Any) -> None:
+        is_last = trainer.global_step == trainer.max_steps
+        if is_last and not is_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        act(self, trainer, *rest)
+        if is_last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(callback, hook, fatal)
+
+
 def die_in_save(number: int, share: float) -> None:
     """Let a save be the last thing that this process does: it ends when a share of the file is written."""
     saves, write = [0], checkpoint_io._Hashing.write
@@ -164,7 +200,7 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def last_step(name: str) -> int:
+def saved_step(name: str) -> int:
     found = runs.checkpoints(Path("runs", name, "version_0"))
     return runs.step_of(found[-1]) if found else 0
 

@@ -61,8 +61,9 @@ class Consumption(Callback):
         self._tokens, self._pending = self._tokens + self._pending, 0  # of whole optimizer steps, as checkpoints are
         if not due(trainer, trainer.global_step):
             return
+        write(trainer, {"train/tokens": float(self._tokens)}, trainer.global_step)
         self._draw(trainer, "train/")
-        if trainer.global_step < trainer.max_steps:  # else a validation follows, which counts
+        if trainer.global_step < trainer.max_steps:  # else a validation follows, which takes time too
             self._record(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,13 +75,15 @@ class Consumption(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorded != trainer.global_step:
+            if not due(trainer, trainer.global_step):  # a run that has stopped early
+                write(trainer, {"train/tokens": float(self._tokens)}, trainer.global_step)
             self._record(trainer, pl_module)
         self._seconds, self._began = self._run_time(), None
 
     def _record(self, trainer: Trainer, module: LightningModule) -> None:
-        """Write what was used by now; the ranks do it together."""
+        """Write the time and memory that were used by now; the ranks do it together."""
         self._recorded = trainer.global_step
-        scalars = {"train/tokens": float(self._tokens), "train/seconds": self._run_time()}
+        scalars = {"train/seconds": self._run_time()}
         peak = peak_memory(module.device)
         if peak is not None:
             ranks = torch.tensor(float(peak), device=module.device)

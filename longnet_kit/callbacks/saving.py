@@ -110,6 +110,12 @@ class Saving(Checkpoint):
                 "then go on with resume=auto"
             )
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Catch up with what a kill has left undone, where there was nothing more to train."""
+        if trainer.is_global_zero and runs.checkpoints_in(self.folder):
+            with suppress(OSError):
+                self._sort_out()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         on_all_ranks = trainer.world_size == 1 or isinstance(exception, (Interrupted, NonFiniteError))
         is_sound = on_all_ranks and not self._is_updating and not isinstance(exception, SaveError)
