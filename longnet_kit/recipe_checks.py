@@ -6,12 +6,12 @@ Every check adds to one list. Registries and Lightning are imported lazily, sinc
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longnet_kit import recipe_schema as schema
@@ -227,7 +227,7 @@ def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
         if isinstance(path, str) and not (key == "resume" and path == "auto"):
             other = "null, auto or " if key == "resume" else "null or "
             message = f"got {path!r}, but nothing is there; expected {other}a run directory or a checkpoint"
-            check(not path or not _exists(path), message, key)
+            check(not path or not os.path.exists(path), message, key)
     both = values.get("init_from") is not None and values.get("resume") not in (None, "auto")
     check(both, "a resumed run has its weights already; leave out one of init_from and resume", "init_from", "resume")
     return found
@@ -293,13 +293,6 @@ def _meant(path: str, known: Iterable[str]) -> str:
     return (
         f"known{f' in {section}' if section else ''}: {', '.join(sorted(here))}" if here else "nothing is allowed here"
     )
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except OSError:  # no file can have such a name
-        return False
 
 
 def _multiples(dim: int, heads: int) -> str:

@@ -59,7 +59,7 @@ def read_chain(path: Path) -> tuple[list[Layer], list[Problem], bool]:
             problems.append(Problem("extends", place, f"got {parent!r}, expected the path of one recipe, or null"))
             return layers, problems, False
         below = path.parent / parent
-        if not _is_file(below):
+        if not os.path.isfile(below):  # also where no file can have such a name
             problems.append(Problem("extends", place, f"there is no file {show(below)}{_similar(below)}"))
             return layers, problems, False
         if any(below.samefile(other) for other in seen):
@@ -153,13 +153,6 @@ def _assign(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
             values[name] = {}
         values = values[name]
     values[path[-1]] = value
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # no file can have such a name
-        return False
 
 
 def _similar(path: Path) -> str:

@@ -85,8 +85,8 @@ def set_damaged_aside(directory: Path, ckpt: Path) -> list[str]:
     notes = []
     for damaged in runs.checkpoints(directory):
         if runs.step_of(damaged) > runs.step_of(ckpt):
-            aside = checkpoint_io.set_aside(damaged)
-            what = f"{damaged} is damaged ({checkpoint_io.damage(aside)}) and is now {aside.name}"
+            wrong = checkpoint_io.damage(damaged)
+            what = f"{damaged} is damaged ({wrong}) and is now {checkpoint_io.set_aside(damaged).name}"
             notes.append(f"{what}; goes on from {ckpt.name}")
     for link in (runs.LATEST, runs.BEST):
         place = directory / runs.CHECKPOINTS / link

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from longnet_kit.parallel.strategies import SequenceParallel
+from longnet_kit.parallel.agreement import gathered
 
 KEY = "generators"
 """Where a checkpoint holds the states of all ranks, as a list."""
@@ -51,12 +50,7 @@ class Generators(Callback):
             self._step_began = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        own = packed(self._step_began or self._next or states())
-        gathered: list[Any] = [own]
-        if trainer.world_size > 1 and isinstance(trainer.strategy, SequenceParallel):
-            gathered = [None] * trainer.world_size
-            dist.all_gather_object(gathered, own, group=trainer.strategy.control)
-        checkpoint[KEY] = gathered
+        checkpoint[KEY] = gathered(trainer, packed(self._step_began or self._next or states()))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(KEY) or [None]

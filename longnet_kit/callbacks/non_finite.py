@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from longnet_kit.callbacks import generators
-from longnet_kit.parallel.agreement import greatest
+from longnet_kit.parallel.agreement import gathered, greatest
 from longnet_kit.parallel.batches import tensors
-from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.tasks.optimization import gradient_norm
 
 
@@ -97,12 +95,7 @@ class NonFinite(Callback):
 
     def _found(self, trainer: Trainer, module: LightningModule) -> str:
         """What the ranks have found together, in words."""
-        own = self._look(trainer, module)
-        findings: list[Finding] = [own]
-        if trainer.world_size > 1 and isinstance(trainer.strategy, SequenceParallel):
-            gathered: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(gathered, own, group=trainer.strategy.control)
-            findings = gathered
+        findings = gathered(trainer, self._look(trainer, module))
         first = min(findings, key=lambda finding: finding.order)
         samples = sorted({i for finding in findings if finding.order == first.order for i in finding.samples})
         shown = ", ".join(map(str, samples[:16])) + (", ..." if len(samples) > 16 else "")

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from longnet_kit import checkpoint_io, runs
 from longnet_kit.callbacks.generators import Generators
 from longnet_kit.callbacks.non_finite import NonFiniteError, wrong_weights
-from longnet_kit.parallel.agreement import greatest
+from longnet_kit.parallel.agreement import gathered, greatest
 from longnet_kit.signals import Interrupted, Listener
 
 MONITORED = "val/loss"
@@ -83,9 +83,10 @@ class Saving(Checkpoint):
             return
         self._is_updating = False
         if trainer.global_step % self._every_n_steps == 0 or trainer.global_step >= trainer.max_steps:
-            if self._wrong_weights(trainer, pl_module):
-                named = ", ".join(wrong_weights(pl_module)[:1])
-                raise NonFiniteError(f"step {trainer.global_step}: its update has made {named} not finite; not saved")
+            if wrong := _wrong_on_any_rank(trainer, pl_module):
+                raise NonFiniteError(
+                    f"step {trainer.global_step}: its update has made {wrong[0]} not finite; not saved"
+                )
             self._save(trainer)
         self._end_if_asked(trainer)
 
@@ -119,7 +120,7 @@ class Saving(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         on_all_ranks = trainer.world_size == 1 or isinstance(exception, (Interrupted, NonFiniteError))
         is_sound = on_all_ranks and not self._is_updating and not isinstance(exception, SaveError)
-        if is_sound and trainer.global_step > self._first_step and not self._wrong_weights(trainer, pl_module):
+        if is_sound and trainer.global_step > self._first_step and not _wrong_on_any_rank(trainer, pl_module):
             self._save(trainer, is_last=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,10 +145,6 @@ class Saving(Checkpoint):
         (signum,) = greatest(trainer, self._listener.received)
         if signum:
             raise Interrupted(signum, trainer.global_step)
-
-    def _wrong_weights(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Whether an update has made a weight that is not finite, on any rank."""
-        return bool(greatest(trainer, int(bool(wrong_weights(module))))[0])
 
     def _save(self, trainer: Trainer, is_last: bool = False) -> str:
         """Save the step where the run is, unless that was done, and sort out what stays; returns what was wrong.
@@ -204,6 +201,11 @@ class Saving(Checkpoint):
         steps = {runs.step_of(path): path for path in checkpoints}
         measured = [step for step in steps if step in self._validated] if self._keep_best else []
         return steps[min(measured, key=lambda step: (self._validated[step], step))] if measured else None
+
+
+def _wrong_on_any_rank(trainer: Trainer, module: LightningModule) -> list[str]:
+    """The weights that an update has made not finite."""
+    return [name for names in gathered(trainer, wrong_weights(module)) for name in names]
 
 
 def _take_back_half_a_step(loops: dict[str, Any], trainer: Trainer) -> None:

@@ -240,7 +240,7 @@ class LanguageModelingData(LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=signals.ignore if self.num_workers > 0 else None,
+            worker_init_fn=signals.ignore,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -63,3 +63,14 @@ def greatest(trainer: Trainer, *values: int) -> list[int]:
     greatest = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(greatest, dist.ReduceOp.MAX, group=strategy.control)
     return greatest.tolist()
+
+
+def gathered(trainer: Trainer, own: T) -> list[T]:
+    """What each rank has, by rank; all of them must ask."""
+    if trainer.world_size == 1:
+        return [own]
+    strategy = trainer.strategy
+    assert isinstance(strategy, SequenceParallel)
+    found: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(found, own, group=strategy.control)
+    return found
