@@ -45,14 +45,9 @@ class StagedCheckpointIO(TorchCheckpointIO):
             _write(checkpoint, target)
         except OSError as error:
             self.problem = error.strerror or str(error)
-            for left_over in (staged(target), staged(checksum_file(target))):
+            for left_over in (durable.staged(target), durable.staged(checksum_file(target))):
                 with suppress(OSError):
                     left_over.unlink(missing_ok=True)
-
-
-def staged(target: Path) -> Path:
-    """Where a checkpoint is until it is whole."""
-    return target.with_name(f".{target.name}")
 
 
 def checksum_file(checkpoint: Path) -> Path:
@@ -136,7 +131,7 @@ def _damage(file: Path, size: int, changed: int) -> str:
 
 def _write(checkpoint: dict[str, Any], target: Path) -> None:
     checksum = checksum_file(target)
-    with staged(target).open("wb") as file:
+    with durable.staged(target).open("wb") as file:
         hashing = _Hashing(file)
         try:
             torch.save(checkpoint, hashing)  # type: ignore[arg-type]  (what it needs of a file is write and flush)
@@ -144,13 +139,13 @@ def _write(checkpoint: dict[str, Any], target: Path) -> None:
             raise hashing.failure or error from error
         file.flush()
         os.fsync(file.fileno())
-    with staged(checksum).open("w", encoding="ascii", newline="\n") as file:
+    with durable.staged(checksum).open("w", encoding="ascii", newline="\n") as file:
         file.write(f"{hashing.digest()}  {target.name}\n")
         file.flush()
         os.fsync(file.fileno())
     target.unlink(missing_ok=True)  # never an old checkpoint beside the new one's checksum
-    os.replace(staged(checksum), checksum)
-    os.replace(staged(target), target)
+    os.replace(durable.staged(checksum), checksum)
+    os.replace(durable.staged(target), target)
     durable.sync_folder(target.parent)
 
 

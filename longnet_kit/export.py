@@ -6,7 +6,6 @@ Tensors are named as in the bare network's state_dict and keep their dtype. The 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import longnet_kit
-from longnet_kit import checkpoint_io, recipe, runs, typed, weights
+from longnet_kit import checkpoint_io, durable, recipe, runs, typed, weights
 from longnet_kit.report import table
 
 
@@ -90,20 +89,14 @@ def _weights(path: Path, saved: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], output: Path) -> None:
-    """Write beside the target, wait for the disk, and rename."""
-    staged = checkpoint_io.staged(output)
     try:
-        staged.touch()
-        mode = staged.stat().st_mode  # of a new file; save_file makes one that only its owner may read
-        save_file(tensors, staged, metadata)
-        staged.chmod(mode)
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(staged, output)
+        with durable.replacing(output) as staged:
+            staged.touch()
+            mode = staged.stat().st_mode  # of a new file; save_file makes one that only its owner may read
+            save_file(tensors, staged, metadata)
+            staged.chmod(mode)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
             f"output {output}: cannot be written ({reason}); name a file in a folder that can be"
         ) from error
-    finally:
-        staged.unlink(missing_ok=True)

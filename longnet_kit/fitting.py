@@ -16,7 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from longnet_kit import callbacks, checkpoint_io, out_of_memory, recipe, resume, run_lock, runs, signals
+from longnet_kit import callbacks, checkpoint_io, durable, out_of_memory, recipe, resume, run_lock, runs, signals
 from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
 from longnet_kit.trainers import lightning_errors, progress, say, si
@@ -42,9 +42,8 @@ def claim(r: Recipe, held: ExitStack) -> resume.Place:
         if place.ckpt is not None and place.directory is not None:
             for note in resume.set_damaged_aside(directory, place.ckpt):
                 say(f"note: {note}")
-        staged = directory / f".{runs.RECIPE}"
-        recipe.save(r, staged)
-        os.replace(staged, directory / runs.RECIPE)  # whoever finds a recipe finds a whole one
+        with durable.replacing(directory / runs.RECIPE) as staged:
+            recipe.save(r, staged)
     return place._replace(directory=directory, is_new=place.directory is None)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from longnet_kit import durable
 
 ROOT = Path("runs")
 RECIPE, SUMMARY, METRICS, CHECKPOINTS = "recipe.yaml", "summary.json", "metrics.csv", "checkpoints"
@@ -129,9 +130,8 @@ def read_summary(run: Path) -> dict[str, Any]:
 def write_summary(run: Path, status: str, scalars: Mapping[str, float]) -> None:
     """Write `status` (finished, stopped or failed) and the last value of every scalar; null for what is not finite."""
     values = {tag: value if math.isfinite(value) else None for tag, value in sorted(scalars.items())}
-    staged = run / f".{SUMMARY}"
-    staged.write_text(json.dumps({"status": status, **values}, indent=1) + "\n")
-    os.replace(staged, run / SUMMARY)
+    with durable.replacing(run / SUMMARY) as staged:
+        staged.write_text(json.dumps({"status": status, **values}, indent=1) + "\n")
 
 
 def metrics_until(run: Path, step: int) -> list[dict[str, str]]:

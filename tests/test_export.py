@@ -219,7 +219,7 @@ def test_the_disk_has_the_file_before_it_has_its_name(monkeypatch: pytest.Monkey
     there: list[bool] = []
     monkeypatch.setattr("os.fsync", lambda _: there.append(Path("synced.safetensors").exists()))
     export.export("runs/tiny", "synced.safetensors")
-    assert there == [False]
+    assert there == [False, True], "the file, then its name"
 
 
 def flip_a_bit() -> None:

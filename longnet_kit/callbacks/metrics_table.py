@@ -14,6 +14,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from longnet_kit import durable
+
 STEP = "step"
 
 
@@ -86,14 +88,8 @@ class MetricsTable(Logger):
 
     def _replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
         columns = [STEP, *sorted({tag for row in rows for tag in row} - {STEP})]
-        staged = self._path.with_name(f".{self._path.name}")
-        try:
+        with durable.replacing(self._path) as staged:
             staged.write_text(_lines([dict(zip(columns, columns, strict=True)), *rows], columns), newline="")
-            os.replace(staged, self._path)
-        except OSError:
-            with suppress(OSError):
-                staged.unlink(missing_ok=True)
-            raise
         self._columns = columns
 
     def _on_disk(self) -> list[dict[str, str]]:

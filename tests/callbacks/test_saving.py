@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from longnet_kit import callbacks, checkpoint_io, cli, experiment, recipe, runs
+from longnet_kit import callbacks, checkpoint_io, cli, durable, experiment, recipe, runs
 from longnet_kit.tasks import LanguageModeling
 
 RECIPE = """
@@ -121,7 +121,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, saves: set[int]) -> list[int]:
     def failing(checkpoint: dict[str, Any], target: Path) -> None:
         tried.append(runs.step_of(target))
         if len(tried) in saves:
-            checkpoint_io.staged(target).write_bytes(b"half")
+            durable.staged(target).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         write(checkpoint, target)
 
