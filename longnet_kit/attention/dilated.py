@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from longnet_kit.attention import dilated_sharded, padding, patterns, register
 from longnet_kit.attention.backend import AttentionBackend, Support
-from longnet_kit.attention.mixture import Mixture, add_gradients, exact, unit_stride, zero_gradients
+from longnet_kit.attention.mixture import Gradients, Mixture, exact, unit_stride
 from longnet_kit.attention.patterns import Count, HeadOffsets
 from longnet_kit.attention.sharding import SequenceShard
 from longnet_kit.attention.views import View, branch_views
@@ -181,11 +181,10 @@ def dilated_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, (B, N, H, D) each, from the saved tensors of `dilated`."""
     q, k, v, grad_out = (unit_stride(x) for x in (q, k, v, grad_out))
-    grads = zero_gradients(q)
+    grads = Gradients(q, covered=1 in dilation_rates)
     for views in _dense_first(q, segment_lengths, dilation_rates, head_offsets, first_head, total_heads):
-        add_gradients(grads, views, grad_out, q, k, v, out, lse, causal, scale)
-    dq, dk, dv = (grad.to(q.dtype) for grad in grads)
-    return dq, dk, dv
+        grads.add(views, grad_out, q, k, v, out, lse, causal, scale)
+    return grads.dq.to(q.dtype), grads.dk.to(q.dtype), grads.dv.to(q.dtype)
 
 
 def _dense_first(

@@ -17,7 +17,7 @@ from torch import Tensor
 from longnet_kit.attention import flash
 from longnet_kit.attention.backend import Support
 from longnet_kit.attention.inputs import divisors
-from longnet_kit.attention.mixture import Mixture, add_gradients, unit_stride, zero_gradients
+from longnet_kit.attention.mixture import Gradients, Mixture, unit_stride
 from longnet_kit.attention.patterns import HeadOffsets, head_offset
 from longnet_kit.attention.sharding import SequenceShard
 from longnet_kit.attention.views import Part, PartView, View, branch_views, part_views
@@ -249,14 +249,14 @@ class _Attend(torch.autograd.Function):
         q, k, v, out, lse, *gathered = ctx.saved_tensors
         branches, causal, scale = ctx.settings
         grad_out = unit_stride(grad_out)
-        dq, dk, dv = grads = zero_gradients(q)
+        grads = Gradients(q, covered=False)
         spanning = [b for b in branches if isinstance(b, _Spanning)]
         transfers = [
-            branch.group.reduce_scatter(branch.gradients(dq, grad_out, q, out, lse, entries, causal, scale))
+            branch.group.reduce_scatter(branch.gradients(grads.dq, grad_out, q, out, lse, entries, causal, scale))
             for branch, entries in zip(spanning, gathered, strict=True)
         ]
         for branch in branches:
-            add_gradients(grads, branch.views, grad_out, q, k, v, out, lse, causal, scale)
+            grads.add(branch.views, grad_out, q, k, v, out, lse, causal, scale)
         for branch, transfer in zip(spanning, transfers, strict=True):
-            branch.unpack(transfer(), dk, dv)
-        return (*(grad.to(q.dtype) for grad in grads), None, None, None)
+            branch.unpack(transfer(), grads.dk, grads.dv)
+        return (*(grad.to(q.dtype) for grad in (grads.dq, grads.dk, grads.dv)), None, None, None)

@@ -1,17 +1,22 @@
 """One softmax over the union of several branches' keys, built up branch by branch, forward and backward.
 
-Branches are given as views into the whole tensors, so results land in place.
+Branches are given as views into the whole tensors, so results land in place. A first branch that reaches every position
+writes, and where one kernel call does all of it, what the kernel gives is the running tensor. Later branches are added
+where they land, a quarter of the tensors at a time: what a kernel hands over never takes more than that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from longnet_kit.attention import flash
 from longnet_kit.attention.views import View
+
+PARTS = 4
+"""A kernel call that only adds to the running tensors covers at most one in so many of their elements."""
 
 
 class Mixture:
@@ -22,20 +27,29 @@ class Mixture:
         covered: the first branch added reaches every position, so it writes and later ones are mixed in.
     """
 
+    out: Tensor
+    """(B, N, H, D), at least float32; 0 where nothing was attended to."""
+    lse: Tensor
+    """(B, N, H); -inf where nothing was attended to."""
+
     def __init__(self, q: Tensor, covered: bool) -> None:
-        self.out = q.new_empty(q.shape, dtype=exact(q))
-        """(B, N, H, D), at least float32; 0 where nothing was attended to."""
-        self.lse = q.new_empty(q.shape[:-1], dtype=exact(q))
-        """(B, N, H); -inf where nothing was attended to."""
         self._written = not covered
         if not covered:
-            self.out.zero_()
-            self.lse.fill_(-torch.inf)
+            self.out = q.new_zeros(q.shape, dtype=exact(q))
+            self.lse = q.new_full(q.shape[:-1], -torch.inf, dtype=exact(q))
 
     def attend(self, views: Iterable[View], q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> None:
         """Mix in a branch: in each view, its queries attend to its keys."""
+        views = tuple(views)
+        if not self._written:
+            if whole := _one_call(views, q, k, v):
+                out, lse = flash.forward(*whole, causal, scale)
+                self.out, self.lse = _unfold(out, q).to(exact(q)), _unfold(lse, q)
+                self._written = True
+                return
+            self.out, self.lse = (q.new_empty(shape, dtype=exact(q)) for shape in (q.shape, q.shape[:-1]))
         for view in views:
-            for out, lse, q_, k_, v_ in view.calls(self.out, self.lse, q, k, v):
+            for q_, k_, v_, out, lse in _parts(view, q, k, v, self.out, self.lse):
                 self.add(out, lse, *flash.forward(q_, k_, v_, causal, scale))
         self._written = True
 
@@ -46,6 +60,52 @@ class Mixture:
         else:
             out.copy_(branch_out)
             lse.copy_(branch_lse)
+
+
+class Gradients:
+    """The running gradients of q, k and v.
+
+    Args:
+        q: (B, N, H, D), the queries.
+        covered: the first branch added reaches every position, so it writes and later ones are added.
+    """
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    """(B, N, H, D) each, at least float32."""
+
+    def __init__(self, q: Tensor, covered: bool) -> None:
+        self._written = not covered
+        if not covered:
+            self.dq, self.dk, self.dv = (torch.zeros_like(q, dtype=exact(q)) for _ in range(3))
+
+    def add(
+        self,
+        views: Iterable[View],
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float,
+    ) -> None:
+        """Add a branch's part, under the `out` and `lse` of the whole mixture."""
+        views, saved = tuple(views), (grad_out, q, k, v, out, lse)
+        if not self._written:
+            if whole := _one_call(views, *saved):
+                grads = flash.backward(*whole, causal, scale)
+                self.dq, self.dk, self.dv = (_unfold(grad, q).to(exact(q)) for grad in grads)
+                self._written = True
+                return
+            self.dq, self.dk, self.dv = (q.new_empty(q.shape, dtype=exact(q)) for _ in range(3))
+        for view in views:
+            for *saved_, dq, dk, dv in _parts(view, *saved, self.dq, self.dk, self.dv):
+                for total, part in zip((dq, dk, dv), flash.backward(*saved_, causal, scale), strict=True):
+                    total.add_(part) if self._written else total.copy_(part)
+        self._written = True
 
 
 def merge(out: Tensor, lse: Tensor, branch_out: Tensor, branch_lse: Tensor) -> None:
@@ -62,32 +122,6 @@ def merge(out: Tensor, lse: Tensor, branch_out: Tensor, branch_lse: Tensor) -> N
     lse.copy_(torch.logaddexp(lse, branch_lse))
 
 
-def zero_gradients(q: Tensor) -> list[Tensor]:
-    """What the gradients of q, k and v are added up in: (B, N, H, D) each, at least float32."""
-    return [torch.zeros_like(q, dtype=exact(q)) for _ in range(3)]
-
-
-def add_gradients(
-    grads: Sequence[Tensor],
-    views: Iterable[View],
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-) -> None:
-    """Add a branch's part of the gradients of q, k and v, under the `out` and `lse` of the whole mixture."""
-    for view in views:
-        for dq, dk, dv, *saved in view.calls(*grads, grad_out, q, k, v, out, lse):
-            dout_, q_, k_, v_, out_, lse_ = saved
-            branch = flash.backward(dout_, q_, k_, v_, out_, lse_, causal, scale)
-            for total, part in zip((dq, dk, dv), branch, strict=True):
-                total.add_(part)
-
-
 def exact(q: Tensor) -> torch.dtype:
     """The dtype in which branches are added up: at least float32."""
     return torch.promote_types(q.dtype, torch.float32)
@@ -96,3 +130,28 @@ def exact(q: Tensor) -> torch.dtype:
 def unit_stride(x: Tensor) -> Tensor:
     """Kernels need the elements of a head side by side; anything else about the strides is free."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _one_call(views: tuple[View, ...], *tensors: Tensor) -> tuple[Tensor, ...] | None:
+    """The view of each tensor if a single call covers all of them, every position in its place."""
+    if len(views) == 1 and views[0].covers(tensors[0]):
+        calls = list(views[0].calls(*tensors))
+        return calls[0] if len(calls) == 1 else None
+    return None
+
+
+def _unfold(x: Tensor, like: Tensor) -> Tensor:
+    """What a call that covers everything gives, (B', H, m, ...), as (B, N, H, ...); without a copy where it can be."""
+    return x.transpose(1, 2).reshape(*like.shape[:3], *x.shape[3:])
+
+
+def _parts(view: View, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The view of each tensor, (B', heads, kept, ...), in parts of at most 1 / PARTS of the first tensor's elements."""
+    most = max(1, tensors[0].numel() // PARTS)
+    for call in view.calls(*tensors):
+        one_head = call[0][0, 0].numel()
+        heads = max(1, min(view.heads, most // one_head))
+        rows = max(1, most // (one_head * heads))
+        for row in range(0, call[0].shape[0], rows):
+            for head in range(0, view.heads, heads):
+                yield tuple(x[row : row + rows, head : head + heads] for x in call)

@@ -40,6 +40,11 @@ class View(NamedTuple):
         """The view's heads in the tensor's dimension of heads."""
         return slice(self.first_head, self.first_head + self.heads * self.head_step, self.head_step)
 
+    def covers(self, x: Tensor) -> bool:
+        """Whether the view is all of the tensor, (B, N, H, ...), cut into segments."""
+        tiled = self.segments == 1 or self.segment_stride == self.kept
+        return self.rate == 1 and self.heads == x.shape[2] and tiled and self.segments * self.kept == x.shape[1]
+
     def calls(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The view of each tensor, (B, N, H, ...) to (B', heads, kept, ...), as few times as their strides allow.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -247,9 +248,9 @@ def test_transfers_run_while_local_branches_are_computed(monkeypatch: pytest.Mon
         backend(q, q, q).sum().backward()
 
     threads.run(2, work)
-    local, foreign = ["forward kernel"] * 2, ["forward kernel"]
-    assert events[1][:5] == ["gather", *local, "wait for gather", *foreign]
-    assert events[1][5:] == ["backward kernel", "scatter", "backward kernel", "backward kernel", "wait for scatter"]
+    forward = ["gather", "forward kernel", "wait for gather", "forward kernel"]
+    backward = ["backward kernel", "scatter", "backward kernel", "wait for scatter"]
+    assert [event for event, _ in groupby(events[1])] == forward + backward
 
 
 def test_only_inputs_results_and_what_was_gathered_are_saved() -> None:
