@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import longnet_kit
-from longnet_kit import checkpoint_io, durable, recipe, runs, typed, weights
+from longnet_kit import durable, recipe, runs, typed, weights
 from longnet_kit.report import table
 
 
@@ -38,8 +38,6 @@ def export(run: str | Path, output: str | Path, checkpoint: str | Path | None = 
         raise ValueError(f"output {output}: the name must end in {weights.EXPORTED}")
     table.check_place("output", output)
     path = _find(Path(run), None if checkpoint is None else Path(checkpoint))
-    if wrong := checkpoint_io.damage(path):
-        raise ValueError(f"{path} is damaged ({wrong}); name another one with --checkpoint")
     directory = runs.of_checkpoint(path)
     saved = weights.read(path)
     tensors, step = _weights(path, saved), int(saved["global_step"])

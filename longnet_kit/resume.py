@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from longnet_kit import checkpoint_io, recipe, runs, weights
+from longnet_kit import checkpoint_io, recipe, runs
 from longnet_kit.dotted import leaves
 from longnet_kit.recipe import Recipe
 
@@ -35,7 +35,7 @@ class Place(NamedTuple):
 
 
 def find(r: Recipe) -> Place:
-    """Where a recipe's run goes on, by its `resume`.
+    """Where a recipe's run goes on, by its `resume`; a checkpoint that this names is not looked into.
 
     Raises:
         ValueError: there is nothing to resume, or it was trained under another recipe.
@@ -49,9 +49,6 @@ def find(r: Recipe) -> Place:
         return at(r, saved[-1])
     path = Path(r.resume)
     ckpt = path if path.is_file() else runs.checkpoint(runs.find(path))
-    is_exported = ckpt.suffix == weights.EXPORTED  # of which weights.check_resumable has more to say
-    if not is_exported and (wrong := checkpoint_io.damage(ckpt)):
-        raise ValueError(f"resume: {ckpt} is damaged or no checkpoint ({wrong}); give another one, or resume=auto")
     run_directory = runs.of_checkpoint(ckpt)
     if (run_directory / runs.RECIPE).is_file():
         _check_same(r, run_directory)

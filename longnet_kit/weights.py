@@ -22,9 +22,11 @@ def read(path: Path) -> dict[str, Any]:
     """What a checkpoint holds, its tensors still in the file; of an exported file, its weights in the same layout.
 
     Raises:
-        ValueError: it is no such file, or is damaged.
+        ValueError: it is no such file, or is damaged, or cannot be read now.
     """
     is_exported = path.suffix == EXPORTED
+    if not is_exported and (wrong := checkpoint_io.damage(path)):
+        raise ValueError(f"{path} is damaged or no checkpoint ({wrong}); give another one, or delete it")
     try:
         saved = _read_exported(path) if is_exported else _read_checkpoint(path)
     except Exception as error:  # a broken file can fail in any way that unpickling can
@@ -37,8 +39,6 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
-    if wrong := checkpoint_io.damage(path):
-        raise ValueError(wrong)
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(saved, Mapping) or not isinstance(saved.get("state_dict"), Mapping):
         raise ValueError("it holds no state_dict")

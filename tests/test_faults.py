@@ -145,11 +145,13 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(
     def failing(*_: Any) -> str:
         raise OSError(5, "Input/output error")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_io, "_damage", failing)
-        code = cli.main(["fit", "tiny.yaml", "resume=auto", "trainer.max_steps=9"])
-    told = capsys.readouterr().err
-    assert code == cli.USER_ERROR and "cannot be read (Input/output error)" in told and str(run) in told
+    monkeypatch.setattr(checkpoint_io, "_damage", failing)
+    newest = runs.checkpoint(run)
+    for given in (["resume=auto"], [f"resume={newest}", "name=fork"], [f"init_from={newest}", "name=tuned"]):
+        code = cli.main(["fit", "tiny.yaml", "trainer.max_steps=9", *given])
+        told = capsys.readouterr().err
+        assert code == cli.USER_ERROR and f"{newest} cannot be read (Input/output error)" in told
+        assert "damaged" not in told
     assert [runs.step_of(path) for path in runs.checkpoints(run)] == [2, 4, 6]
 
 
