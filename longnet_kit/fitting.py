@@ -52,7 +52,7 @@ def watchers(r: Recipe, listener: signals.Listener) -> list[Callback]:
     generators = callbacks.Generators()
     return [
         generators,
-        callbacks.NonFinite(r.optimizer.max_skipped_steps),
+        callbacks.NonFinite(generators, r.optimizer.max_skipped_steps),
         callbacks.Throughput(),  # before the bar, which shows what it measured
         callbacks.Consumption(),
         *progress(r),

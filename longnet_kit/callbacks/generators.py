@@ -38,6 +38,11 @@ class Generators(Callback):
     def is_mid_step(self) -> bool:
         return self._step_began is not None
 
+    def rewind(self) -> None:
+        """Set the generators to what they were when the optimizer step that is under way began."""
+        assert self._step_began is not None
+        set_states(self._step_began)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._next is not None:
             set_states(self._next)

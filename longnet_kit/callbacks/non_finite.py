@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from longnet_kit.callbacks import generators
+from longnet_kit.callbacks.generators import Generators
 from longnet_kit.parallel.agreement import gathered, greatest
 from longnet_kit.parallel.batches import tensors
 from longnet_kit.tasks.optimization import gradient_norm
@@ -46,15 +46,16 @@ class NonFinite(Callback):
     leaves the update out itself, and gets smaller.
 
     Args:
+        generators: the callback that knows the random numbers of a step; it must be called before this one.
         allowed: how many updates may be left out before the run ends.
     """
 
-    def __init__(self, allowed: int = 0) -> None:
+    def __init__(self, generators: Generators, allowed: int = 0) -> None:
         self.skipped = 0
+        self._generators = generators
         self._allowed = allowed
         self._batches: list[tuple[Any, int]] = []
         self._losses: list[Tensor] = []
-        self._began: generators.State = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped}
@@ -63,8 +64,6 @@ class NonFinite(Callback):
         self.skipped = state_dict["skipped"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._batches:
-            self._began = generators.states()
         self._batches.append((batch, batch_idx))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -109,7 +108,7 @@ class NonFinite(Callback):
         places = [name for name, _ in module.named_modules()]
         wrong = _wrong_gradients(module)  # before the passes: FSDP puts whole parameters in the place of these
         found = [Finding(-1, f"{name} is not finite since the update before", []) for name in wrong_weights(module)[:1]]
-        generators.set_states(self._began)
+        self._generators.rewind()
         for number, (batch, batch_idx) in enumerate(self._batches):
             first_of_batch, samples = number * (len(places) + 2), _samples(batch)
             layer, again = _first_layer(trainer, module, batch, batch_idx)

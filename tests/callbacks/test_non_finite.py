@@ -182,9 +182,9 @@ def test_the_layer_is_found_under_mixed_precision(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_resumed_run_remembers_how_many_were_left_out() -> None:
-    guard = callbacks.NonFinite(allowed=3)
+    guard = callbacks.NonFinite(callbacks.Generators(), allowed=3)
     guard.skipped = 2
-    other = callbacks.NonFinite(allowed=3)
+    other = callbacks.NonFinite(callbacks.Generators(), allowed=3)
     other.load_state_dict(guard.state_dict())
     assert other.skipped == 2
 
@@ -214,8 +214,11 @@ def test_an_input_that_is_not_finite_is_told_of() -> None:
             return batch["x"].sum()
 
     trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(train_step_context=nullcontext))
-    guard = callbacks.NonFinite()
-    guard.on_train_batch_start(None, None, {"x": torch.tensor([1.0, float("nan")]), "index": torch.tensor([7])}, 0)  # type: ignore[arg-type]
+    generators = callbacks.Generators()
+    guard = callbacks.NonFinite(generators)
+    batch = {"x": torch.tensor([1.0, float("nan")]), "index": torch.tensor([7])}
+    for callback in (generators, guard):
+        callback.on_train_batch_start(None, None, batch, 0)  # type: ignore[arg-type]
     guard.on_before_backward(None, None, torch.tensor(float("nan")))  # type: ignore[arg-type]
     finding = guard._look(trainer, Task())  # type: ignore[arg-type]
     assert (finding.place, finding.samples) == ("the input is not finite", [7])
