@@ -61,16 +61,13 @@ class Saving(Checkpoint):
         self._generators = generators
         self._listener = listener
         self._validated: dict[int, float] = {}
-        self._done: set[int] = set()
         self._failed: set[int] = set()
         self._first_step = 0
         self._is_updating = False
 
     def begin(self, folder: Path, validated: Mapping[int, float]) -> None:
         """Say where checkpoints go, and what a run that goes on has validated: `val/loss` by its step."""
-        steps = {runs.step_of(path) for path in runs.checkpoints_in(folder)}  # none where it is a fork
-        self.folder, self._done = folder, {*validated}
-        self._validated = {step: loss for step, loss in validated.items() if step in steps and math.isfinite(loss)}
+        self.folder, self._validated = folder, {**validated}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
@@ -127,16 +124,15 @@ class Saving(Checkpoint):
         return {"validated": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up losses of checkpoints that are still here, whether metrics.csv has them or not."""
-        steps = {runs.step_of(path) for path in runs.checkpoints_in(self.folder)}
-        self._validated = {s: loss for s, loss in state_dict["validated"].items() if s in steps} | self._validated
+        """Take up losses that metrics.csv may not have."""
+        self._validated = state_dict["validated"] | self._validated
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._generators.is_mid_step:
             _take_back_half_a_step(checkpoint["loops"]["fit_loop"], trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if int(checkpoint["global_step"]) not in self._done:
+        if int(checkpoint["global_step"]) not in self._validated:  # by metrics.csv: load_state_dict comes later
             _ask_for_validation(checkpoint["loops"]["fit_loop"])
         for callback in [name for name in checkpoint["callbacks"] if name.startswith("Timer")]:
             del checkpoint["callbacks"][callback]  # trainer.max_time is that of one start
@@ -198,9 +194,9 @@ class Saving(Checkpoint):
 
     def _best_of(self, checkpoints: list[Path]) -> Path | None:
         """The one with the lowest loss; the first of equals."""
-        steps = {runs.step_of(path): path for path in checkpoints}
-        measured = [step for step in steps if step in self._validated] if self._keep_best else []
-        return steps[min(measured, key=lambda step: (self._validated[step], step))] if measured else None
+        losses = [(self._validated.get(runs.step_of(path), math.nan), path) for path in checkpoints]
+        measured = [(loss, path) for loss, path in losses if not math.isnan(loss)] if self._keep_best else []
+        return min(measured, key=lambda x: x[0])[1] if measured else None
 
 
 def _wrong_on_any_rank(trainer: Trainer, module: LightningModule) -> list[str]:
