@@ -24,6 +24,22 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its processes a
 
 ENDLESS = ["trainer.max_steps=1000000", "checkpoint.every_n_steps=1000000", "trainer.val_check_interval=1000000"]
 ALONE = ["trainer.devices=1", "strategy.name=auto", "strategy.sequence_parallel_size=1", "trainer.log_every_n_steps=1"]
+SLOW = """
+import time
+from pathlib import Path
+from longnet_kit.tasks import LanguageModeling
+
+step = LanguageModeling.validation_step
+
+def slow(self, batch, batch_idx):
+    step(self, batch, batch_idx)
+    Path("validating").touch()
+    if not Path("done").exists():
+        time.sleep(1)
+
+LanguageModeling.validation_step = slow
+"""
+"""A plug-in whose validations, the sanity check too, are slow until there is a file called `done`."""
 
 
 class Run:
@@ -104,15 +120,9 @@ def test_a_signal_to_all_processes_of_a_run_with_loaders_saves_too(start: Callab
 def test_a_signal_in_the_sanity_check_ends_the_run_after_its_first_step(
     start: Callable[..., Run], tmp_path: Path
 ) -> None:
-    (tmp_path / "slow.py").write_text(
-        "import time\nfrom pathlib import Path\nfrom longnet_kit.tasks import LanguageModeling\n"
-        "step = LanguageModeling.validation_step\n"
-        "def slow(self, batch, batch_idx):\n    step(self, batch, batch_idx)\n"
-        "    Path('checking').touch()\n    time.sleep(1)\n"
-        "LanguageModeling.validation_step = slow\n"
-    )
+    (tmp_path / "slow.py").write_text(SLOW)
     run = start("imports=[slow]", "trainer.num_sanity_val_steps=2")
-    run.wait_for((tmp_path / "checking").exists)
+    run.wait_for((tmp_path / "validating").exists)
     os.kill(run.process.pid, signal.SIGTERM)
     code, output = run.ended()
     assert (code, run.saved()) == (143, 1), output
@@ -141,13 +151,7 @@ def test_a_second_sigint_ends_the_run_at_once(start: Callable[..., Run]) -> None
 def test_a_signal_in_a_validation_saves_the_step_before_and_the_validation_comes_again(
     start: Callable[..., Run], tmp_path: Path
 ) -> None:
-    (tmp_path / "slow.py").write_text(
-        "import time\nfrom pathlib import Path\nfrom longnet_kit.tasks import LanguageModeling\n"
-        "step = LanguageModeling.validation_step\n"
-        "def slow(self, batch, batch_idx):\n    step(self, batch, batch_idx)\n    if batch_idx == 1:\n"
-        "        Path('validating').touch()\n        time.sleep(2 * (not Path('done').exists()))\n"
-        "LanguageModeling.validation_step = slow\n"
-    )
+    (tmp_path / "slow.py").write_text(SLOW)
     steps = ["trainer.max_steps=5", "trainer.val_check_interval=3", "trainer.limit_val_batches=4"]
     run = start("imports=[slow]", *steps)
     run.wait_for((tmp_path / "validating").exists)
