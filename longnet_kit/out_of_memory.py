@@ -28,6 +28,9 @@ Result = TypeVar("Result")
 HELPS = 0.95
 """What needs more than so much of the memory that was needed before is not advised."""
 
+FFN_CHUNK = 16_384
+"""Tokens that are advised to go through the feed-forward layers at a time, where there are more."""
+
 NOTHING = "use a smaller model, smaller batches, shorter sequences or more devices"
 """What is advised where nothing else can be."""
 
@@ -130,6 +133,10 @@ def _changes(r: Recipe, on_gpu: bool) -> Iterator[Change]:
         yield Change(items, "the global batch stays")
     if r.model.activation_checkpointing == "none":
         yield Change(("model.activation_checkpointing=blocks",), "each block is computed twice")
+    if on_gpu and r.model.activation_checkpointing == "blocks":
+        yield Change(("model.activation_checkpointing=blocks_on_cpu",), "each block's input goes to the CPU and back")
+    if r.model.ffn_chunk is None and r.data.seq_len * batch > FFN_CHUNK:
+        yield Change((f"model.ffn_chunk={FFN_CHUNK}",), "feed-forward layers are computed once more")
     if r.data.seq_len > 1:
         yield Change((f"data.seq_len={r.data.seq_len // 2}",), "shorter contexts")
     if on_gpu:

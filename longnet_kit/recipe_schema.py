@@ -41,8 +41,14 @@ class Model:
     """Whether a token sees only itself and those before it."""
     attention: dict[str, Any] = field(default_factory=lambda: {"backend": "dilated"})
     """`backend`, and the keys of that backend."""
-    activation_checkpointing: Literal["none", "blocks"] = "none"
-    """`blocks`: keep only each block's input, and compute the rest again in the backward pass."""
+    activation_checkpointing: Literal["none", "blocks", "blocks_on_cpu"] = "none"
+    """`blocks`: keep only each block's input, and compute the rest again in the backward pass; `blocks_on_cpu`: keep
+    those inputs in the CPU's memory."""
+    ffn_chunk: Count | None = None
+    """Tokens that go through the feed-forward layers at a time, which computes them again in the backward pass; null:
+    all, and nothing twice."""
+    loss_chunk: Count | None = None
+    """Tokens whose logits are in memory at a time; null: as many as make 2^26 logits."""
 
 
 @dataclass

@@ -17,6 +17,9 @@ FREE_ON_RESUME = (
     ("strategy",),
     ("checkpoint",),
     ("optimizer", "max_skipped_steps"),
+    ("model", "activation_checkpointing"),
+    ("model", "ffn_chunk"),
+    ("model", "loss_chunk"),
 )
 """What may differ from the saved recipe when a run is resumed; its origin and the words about it aside."""
 

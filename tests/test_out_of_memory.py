@@ -140,6 +140,10 @@ def test_what_helps_depends_on_the_recipe() -> None:
     assert items() == {batch, blocks, "data.seq_len=512", divided, fsdp}
     assert items(error=ON_CPU) == {batch, blocks, "data.seq_len=512"}, "more processes share the same memory"
     assert items(blocks, "data.batch_size=1") == {"data.seq_len=512", divided}
+    on_cpu, deep = "model.activation_checkpointing=blocks_on_cpu", [blocks, "model.layers=32"]
+    assert on_cpu in items(*deep) and on_cpu not in items(*deep, error=ON_CPU)
+    long = items("data.seq_len=16384", "data.batch_size=2", error=ON_CPU)
+    assert "model.ffn_chunk=16384" in long and "model.ffn_chunk=16384" not in items("data.seq_len=2048")
     odd = items("data.batch_size=3", "trainer.accumulate_grad_batches=2")
     assert odd == {"data.batch_size=1 trainer.accumulate_grad_batches=6", blocks, "data.seq_len=512", divided}
     heads = items("model.attention.backend=sdpa", "model.dim=129", "model.heads=3", "model.positions=none")

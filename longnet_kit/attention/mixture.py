@@ -7,7 +7,7 @@ where they land, a quarter of the tensors at a time: what a kernel hands over ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class Mixture:
         views = tuple(views)
         if not self._written:
             if whole := _one_call(views, q, k, v):
-                out, lse = flash.forward(*whole, causal, scale)
+                q_, k_, v_ = whole
+                out, lse = flash.forward(q_, k_, v_, causal, scale)
                 self.out, self.lse = _unfold(out, q).to(exact(q)), _unfold(lse, q)
                 self._written = True
                 return
@@ -96,14 +97,15 @@ class Gradients:
         views, saved = tuple(views), (grad_out, q, k, v, out, lse)
         if not self._written:
             if whole := _one_call(views, *saved):
-                grads = flash.backward(*whole, causal, scale)
+                grads = _kernel_gradients(whole, causal, scale)
                 self.dq, self.dk, self.dv = (_unfold(grad, q).to(exact(q)) for grad in grads)
                 self._written = True
                 return
             self.dq, self.dk, self.dv = (q.new_empty(q.shape, dtype=exact(q)) for _ in range(3))
         for view in views:
             for *saved_, dq, dk, dv in _parts(view, *saved, self.dq, self.dk, self.dv):
-                for total, part in zip((dq, dk, dv), flash.backward(*saved_, causal, scale), strict=True):
+                parts = _kernel_gradients(saved_, causal, scale)
+                for total, part in zip((dq, dk, dv), parts, strict=True):
                     total.add_(part) if self._written else total.copy_(part)
         self._written = True
 
@@ -130,6 +132,11 @@ def exact(q: Tensor) -> torch.dtype:
 def unit_stride(x: Tensor) -> Tensor:
     """Kernels need the elements of a head side by side; anything else about the strides is free."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _kernel_gradients(saved: Sequence[Tensor], causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, q, k, v, out, lse = saved
+    return flash.backward(grad_out, q, k, v, out, lse, causal, scale)
 
 
 def _one_call(views: tuple[View, ...], *tensors: Tensor) -> tuple[Tensor, ...] | None:

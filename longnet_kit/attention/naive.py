@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longnet_kit import host_memory
 from longnet_kit.attention import patterns, register
 from longnet_kit.attention.backend import AttentionBackend
 from longnet_kit.attention.maps import weigh
@@ -34,6 +36,11 @@ class Naive(AttentionBackend):
     def pattern(self) -> patterns.Pattern:
         return self._pattern
 
+    def memory(self, batch: int, seq_len: int, heads: int, dtype: torch.dtype) -> int:
+        """Bytes that `forward` holds at its peak beside its inputs: what is of the size of the score matrix."""
+        scores = 3 * torch.promote_types(dtype, torch.float32).itemsize  # biased, masked, and their softmax
+        return (batch * scores + 5) * heads * seq_len**2  # and m in four bytes and in one
+
     def forward(
         self,
         q: Tensor,
@@ -46,6 +53,8 @@ class Naive(AttentionBackend):
     ) -> Tensor:
         _, seq_len, heads, _ = q.shape
         total_heads = heads if total_heads is None else total_heads
+        if type(q) is Tensor:  # subclasses may have no data
+            self._check_memory(q)
         m = self._pattern.multiplicity(seq_len, total_heads, causal)[first_head : first_head + heads].to(q.device)
         real = None
         if key_padding_mask is not None:
@@ -53,3 +62,20 @@ class Naive(AttentionBackend):
             q, k, v = (x.masked_fill(~key_padding_mask[:, :, None, None], 0) for x in (q, k, v))
             real = key_padding_mask[:, :, None] & key_padding_mask[:, None, :]
         return torch.einsum("bhpk,bkhd->bphd", weigh(q, k, m, real).to(v.dtype), v)
+
+    def _check_memory(self, q: Tensor) -> None:
+        """Raise ValueError where the score matrix does not fit, rather than have the system end the process."""
+        batch, seq_len, heads, _ = q.shape
+        needed = self.memory(batch, seq_len, heads, q.dtype)
+        if q.device.type == "cuda":
+            unused = torch.cuda.memory_reserved(q.device) - torch.cuda.memory_allocated(q.device)
+            free = torch.cuda.mem_get_info(q.device)[0] + unused
+        else:
+            free = host_memory.free()
+        if needed > free:
+            longest = int(seq_len * math.sqrt(free / needed))
+            raise ValueError(
+                f"the naive backend would hold {needed / 1e9:,.1f} GB of scores for {batch} x {seq_len:,} tokens and "
+                f"{heads} heads, and {free / 1e9:,.1f} GB of memory are free on {q.device}; use the backend dilated or "
+                f"sdpa, whose memory grows with the length alone, or at most {longest:,} tokens"
+            )

@@ -39,5 +39,7 @@ def build(model: recipe.Model, vocab_size: int, seq_len: int, dtype: torch.dtype
         seq_len=seq_len,
         attention=model.attention,
         activation_checkpointing=model.activation_checkpointing,
+        ffn_chunk=model.ffn_chunk,
+        loss_chunk=model.loss_chunk,
         compute_dtype=dtype,
     )

@@ -33,7 +33,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: 
         ValueError: chunk_tokens is below 1.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(1, MAX_LOGITS // weight.shape[0])
+        chunk_tokens = default_chunk(weight)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1")
     if targets.numel() <= chunk_tokens:
@@ -41,6 +41,11 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: 
     chunks = zip(hidden.flatten(0, 1).split(chunk_tokens), targets.flatten().split(chunk_tokens), strict=True)
     losses = [checkpoint(_losses, h, weight, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks]
     return torch.cat(losses).view(targets.shape)
+
+
+def default_chunk(weight: Tensor) -> int:
+    """As many tokens as make `MAX_LOGITS` logits, for a head (V, dim)."""
+    return max(1, MAX_LOGITS // weight.shape[0])
 
 
 def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

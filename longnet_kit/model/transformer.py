@@ -7,11 +7,13 @@ before its last projection (sub-LN). The embedding is also the head.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +25,7 @@ from longnet_kit.model.dropout import Dropout
 from longnet_kit.model.positions import Kind, rotate
 
 Tables = tuple[Tensor, Tensor]
+Checkpointing = Literal["none", "blocks", "blocks_on_cpu"]
 
 
 class Transformer(nn.Module):
@@ -40,12 +43,18 @@ class Transformer(nn.Module):
         seq_len: the length that the model is for; others work too. xPos is centred on it.
         attention: `backend` and its own keys, as in a recipe; each layer has a backend of its own.
         activation_checkpointing: `blocks` keeps only the input of each block and computes the rest again in the
-            backward pass; `none` keeps everything.
+            backward pass; `blocks_on_cpu` keeps those inputs in the CPU's memory; `none` keeps everything.
+        ffn_chunk: tokens that go through the feed-forward layers at a time; their inner states are computed again in
+            the backward pass. None: all at once, and nothing twice.
+        loss_chunk: tokens whose logits the loss holds at a time; None: see `model.loss`.
         compute_dtype: the dtype in which matrix products will run, for xPos's range check.
 
     Raises:
         ValueError: sizes or settings that do not go together, or an attention mapping that is wrong.
     """
+
+    save_on_cpu: Callable[..., AbstractContextManager] = save_on_cpu
+    """Under it, what is saved for the backward pass goes to the CPU's memory."""
 
     shard: SequenceShard | None = None
     """Which part of longer sequences the tokens are; None when they are whole. A sequence-parallel strategy sets it."""
@@ -63,14 +72,17 @@ class Transformer(nn.Module):
         causal: bool = True,
         seq_len: int,
         attention: Mapping[str, Any],
-        activation_checkpointing: Literal["none", "blocks"] = "none",
+        activation_checkpointing: Checkpointing = "none",
+        ffn_chunk: int | None = None,
+        loss_chunk: int | None = None,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         sizes = {"vocab_size": vocab_size, "dim": dim, "layers": layers, "heads": heads}
         sizes |= {"ffn_dim": ffn_dim, "seq_len": seq_len}
-        for name, size in sizes.items():
-            if size < 1:
+        chunks = {"ffn_chunk": ffn_chunk, "loss_chunk": loss_chunk}
+        for name, size in {**sizes, **chunks}.items():
+            if size is not None and size < 1:
                 raise ValueError(f"{name} is {size}, expected at least 1")
         if dim % heads:
             raise ValueError(f"dim is {dim} and heads is {heads}; dim must be a multiple of heads")
@@ -80,18 +92,23 @@ class Transformer(nn.Module):
             "causal": causal,
             "attention": dict(attention),
             "activation_checkpointing": activation_checkpointing,
+            **chunks,
         }
-        if activation_checkpointing not in ("none", "blocks"):
-            raise ValueError(f"activation_checkpointing is {activation_checkpointing!r}, expected 'none' or 'blocks'")
+        if activation_checkpointing not in get_args(Checkpointing):
+            raise ValueError(
+                f"activation_checkpointing is {activation_checkpointing!r}, expected one of "
+                f"{', '.join(map(repr, get_args(Checkpointing)))}"
+            )
         self.causal = causal
         self.seq_len = seq_len
         self.activation_checkpointing = activation_checkpointing
+        self.loss_chunk = loss_chunk
         self.positions = position_embeddings.build(
             positions, head_dim=dim // heads, seq_len=seq_len, causal=causal, dtype=compute_dtype
         )
         self.embedding = nn.Embedding(vocab_size, dim)
         self.dropout = Dropout(dropout)
-        blocks = nn.ModuleList(Block(dim, heads, ffn_dim, dropout, causal, attention) for _ in range(layers))
+        blocks = nn.ModuleList(Block(dim, heads, ffn_dim, dropout, causal, attention, ffn_chunk) for _ in range(layers))
         self.blocks = cast(Sequence[Block], blocks)
         self.norm = nn.LayerNorm(dim)
         self.reset_parameters()
@@ -131,11 +148,20 @@ class Transformer(nn.Module):
         tables = self._tables(tokens, positions)
         x = self.dropout(self.embedding(tokens))
         for block in self.blocks:
-            if self.activation_checkpointing == "blocks" and torch.is_grad_enabled():
-                x = checkpoint(block, x, tables, key_padding_mask, use_reentrant=False)
-            else:
+            if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
                 x = block(x, tables, key_padding_mask)
+            else:
+                with self._keeping(x):
+                    x = checkpoint(block, x, tables, key_padding_mask, use_reentrant=False)
         return self.norm(x)
+
+    def _keeping(self, x: Tensor) -> AbstractContextManager:
+        """Where checkpointing keeps the input of a block."""
+        return (
+            self.save_on_cpu(pin_memory=x.is_cuda)
+            if self.activation_checkpointing == "blocks_on_cpu"
+            else nullcontext()
+        )
 
     def flops(self, seq_len: int) -> int | None:
         """Matrix-multiplication FLOPs of one forward over one sequence, head included; None if the backend cannot say.
@@ -182,11 +208,18 @@ class Block(nn.Module):
     """Attention, then the feed-forward network, each added to the residual stream."""
 
     def __init__(
-        self, dim: int, heads: int, ffn_dim: int, dropout: float, causal: bool, attention: Mapping[str, Any]
+        self,
+        dim: int,
+        heads: int,
+        ffn_dim: int,
+        dropout: float,
+        causal: bool,
+        attention: Mapping[str, Any],
+        ffn_chunk: int | None,
     ) -> None:
         super().__init__()
         self.attention = SelfAttention(dim, heads, causal, backends.build(attention))
-        self.feed_forward = FeedForward(dim, ffn_dim)
+        self.feed_forward = FeedForward(dim, ffn_dim, ffn_chunk)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, tables: Tables | None, key_padding_mask: Tensor | None) -> Tensor:
@@ -241,16 +274,33 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """W_2 LN(GELU(W_1 LN x)); (B, N, dim) in and out."""
+    """W_2 LN(GELU(W_1 LN x)); (B, N, dim) in and out.
 
-    def __init__(self, dim: int, ffn_dim: int) -> None:
+    Args:
+        chunk: tokens that are taken at a time, so that of the wide states between the layers no more are ever in
+            memory: the backward pass computes them again. None: all, and nothing twice.
+    """
+
+    def __init__(self, dim: int, ffn_dim: int, chunk: int | None = None) -> None:
         super().__init__()
+        self.chunk = chunk
         self.norm = nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, ffn_dim)
         self.inner_norm = nn.LayerNorm(ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        if self.chunk is None or len(tokens) <= self.chunk:
+            return self._layers(x)
+        parts = tokens.split(self.chunk)
+        if torch.is_grad_enabled():
+            parts = [checkpoint(self._layers, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        else:
+            parts = [self._layers(part) for part in parts]
+        return torch.cat(parts).view(x.shape)
+
+    def _layers(self, x: Tensor) -> Tensor:
         return self.fc2(self.inner_norm(F.gelu(self.fc1(self.norm(x)))))
 
     def reset_parameters(self, gain: float) -> None:

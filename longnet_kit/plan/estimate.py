@@ -19,7 +19,7 @@ import torch
 from longnet_kit import attention, experiment, placement, typed
 from longnet_kit.attention.patterns import Dilated
 from longnet_kit.model import compute_dtype
-from longnet_kit.out_of_memory import is_out_of_memory
+from longnet_kit.out_of_memory import FFN_CHUNK, is_out_of_memory
 from longnet_kit.plan import machines, spread, step
 from longnet_kit.plan.machines import Machine
 from longnet_kit.plan.spread import Spread
@@ -239,7 +239,8 @@ def _imbalance(r: Recipe, s: Spread, taken: Step) -> float | None:
 def _changes(path: str | Path, overrides: Sequence[str], made: Plan) -> list[tuple[str, Plan]]:
     """Changes to a plan that does not fit, each on top of those before it, until it does; tried, not guessed."""
     r, s = made.recipe, made.spread
-    own = ["trainer.devices", "trainer.num_nodes", "strategy", "data.batch_size", "model.activation_checkpointing"]
+    own = ["trainer.devices", "trainer.num_nodes", "strategy", "data.batch_size", "model.activation_checkpointing",
+           "model.ffn_chunk"]  # fmt: skip
     kept = [item for item in overrides if not any(item.startswith(key) for key in own)]
     settings: dict[str, str] = {
         "trainer.devices": str(s.per_node),
@@ -248,6 +249,7 @@ def _changes(path: str | Path, overrides: Sequence[str], made: Plan) -> list[tup
         "strategy.sequence_parallel_size": str(r.strategy.sequence_parallel_size),
         "data.batch_size": str(r.data.batch_size),
         "model.activation_checkpointing": r.model.activation_checkpointing,
+        "model.ffn_chunk": "null" if r.model.ffn_chunk is None else str(r.model.ffn_chunk),
     }
     told: dict[str, str] = {}
     found: list[tuple[str, Plan]] = []
@@ -271,8 +273,13 @@ def _changes(path: str | Path, overrides: Sequence[str], made: Plan) -> list[tup
 
     if r.model.activation_checkpointing == "none" and tried(model__activation_checkpointing="blocks"):
         return found
+    if r.model.ffn_chunk is None and r.data.seq_len > FFN_CHUNK and tried(model__ffn_chunk=str(FFN_CHUNK)):
+        return found
     if r.data.batch_size > 1 and tried(data__batch_size="1"):
         return found
+    if made.machine.is_cuda and settings["model.activation_checkpointing"] == "blocks":
+        if tried(model__activation_checkpointing="blocks_on_cpu"):
+            return found
     if s.devices > 1 and not s.is_fsdp:
         name = "sequence_parallel_fsdp" if r.strategy.name == "sequence_parallel" else "fsdp"
         if tried(strategy__name=name):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longnet_kit.model import Transformer
-from longnet_kit.model.loss import IGNORED, MAX_LOGITS, token_losses
+from longnet_kit.model.loss import IGNORED, default_chunk, token_losses
 from longnet_kit.plan.ledger import Ledger
 
 CHUNKS = 3
@@ -22,11 +22,12 @@ def in_few_chunks(model: Transformer, ledger: Ledger, tokens: Tensor, targets: T
     """What `LanguageModeling` computes of a batch: the loss of each token, and whether it counts; (B, n) each."""
     hidden, weight = model.hidden(tokens), model.embedding.weight
     counted = targets != IGNORED
-    few = CHUNKS * max(1, MAX_LOGITS // weight.shape[0])
+    chunk = model.loss_chunk or default_chunk(weight)
+    few = CHUNKS * chunk
     if targets.numel() <= 2 * few:
-        return token_losses(hidden, weight, targets), counted
+        return token_losses(hidden, weight, targets, chunk), counted
     first, others = hidden.flatten(0, 1).tensor_split((few,))
-    losses = token_losses(first[None], weight, targets.flatten()[None, :few]).flatten()
+    losses = token_losses(first[None], weight, targets.flatten()[None, :few], chunk).flatten()
     return torch.cat((losses, _Others.apply(others, weight.shape[0], ledger))).view(targets.shape), counted
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.autograd.graph import _engine_run_backward
+from torch.autograd.graph import _engine_run_backward, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -68,6 +68,7 @@ class Ledger(TorchDispatchMode):
         self.phase = ""
         self.flops: Counter[str] = Counter()
         self._cuda = cuda
+        self._on_host = False
         self._serials: dict[int, int] = {}  # of the storages that are alive, by address
         self._sizes: dict[int, int] = {}  # bytes, by serial number
         self._labels: dict[int, str] = {}
@@ -97,6 +98,20 @@ class Ledger(TorchDispatchMode):
                 highest[phase] = total
                 peaks[phase] = Counter({name: size for name, size in alive.items() if size})
         return peaks
+
+    @contextmanager
+    def keeping_on_host(self, **_: Any) -> Iterator[None]:
+        """As `save_on_cpu`: what is saved for the backward pass leaves the device, and comes back as a copy."""
+
+        def pack(x: Tensor) -> Tensor:
+            self._on_host = True
+            try:
+                return torch.empty_like(x)
+            finally:
+                self._on_host = False
+
+        with saved_tensors_hooks(pack, torch.clone):
+            yield
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -129,6 +144,8 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _book_results(self, out: Any) -> None:
+        if self._on_host:
+            return
         for x in _tensors(out):
             storage = x.untyped_storage()
             address = storage._cdata

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import resource
 from dataclasses import dataclass
 
 import torch
 
+from longnet_kit import host_memory
 from longnet_kit.callbacks.throughput import measured_flops
 
 
@@ -51,7 +50,5 @@ def here(dtype: torch.dtype, devices: int) -> Machine:
 
 def cpu(devices: int) -> Machine:
     """The same, its rate unknown."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]  # of a process
     name = f"this CPU's share for one of {devices} processes" if devices > 1 else "this CPU"
-    return Machine(name, memory if limit < 0 else min(memory, limit), {}, None, None, is_cuda=False)
+    return Machine(name, host_memory.total(devices), {}, None, None, is_cuda=False)

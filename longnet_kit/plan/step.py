@@ -100,7 +100,7 @@ def _extended(low: Any, high: Any, times: float) -> Any:
 def _run(r: Recipe, spread: Spread, rank: int, cuda: bool, opaque: bool) -> Step:
     with without_data(cuda) as ledger:
         ledger.phase = "setup"
-        task = _task(r, spread, ledger)
+        task = _task(r, spread, ledger, cuda)
         if opaque:
             hide_backends(task)
         parameters = sum(p.numel() for p in task.parameters())
@@ -152,7 +152,7 @@ def _run(r: Recipe, spread: Spread, rank: int, cuda: bool, opaque: bool) -> Step
     )
 
 
-def _task(r: Recipe, spread: Spread, ledger: Ledger) -> LightningModule:
+def _task(r: Recipe, spread: Spread, ledger: Ledger, cuda: bool) -> LightningModule:
     """The recipe's task, its weights as its precision says, and what it asks of a Trainer."""
     precision = placement.precision(r)
     with nullcontext() if precision.endswith("mixed") else _precision(precision):
@@ -165,6 +165,8 @@ def _task(r: Recipe, spread: Spread, ledger: Ledger) -> LightningModule:
     task._trainer = trainer
     if isinstance(task, LanguageModeling):
         task._losses = partial(in_few_chunks, task.model, ledger)  # type: ignore[method-assign]
+        if cuda:
+            task.model.save_on_cpu = ledger.keeping_on_host
     return task
 
 

@@ -144,7 +144,8 @@ class LanguageModeling(LightningModule):
 
     def _losses(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each token, and whether it counts: (B, N) each."""
-        losses = token_losses(self.model.hidden(tokens), self.model.embedding.weight, targets)
+        model = self.model
+        losses = token_losses(model.hidden(tokens), model.embedding.weight, targets, model.loss_chunk)
         return losses, targets != IGNORED
 
     def _over_ranks(self, count: Tensor) -> Tensor:

@@ -241,7 +241,7 @@ def test_batch_rows_do_not_mix() -> None:
 def test_build_takes_a_recipe_section() -> None:
     section = SimpleNamespace(
         dim=32, layers=2, heads=4, ffn_dim=48, dropout=0.1, positions="none", causal=False, attention=DILATED,
-        activation_checkpointing="blocks",
+        activation_checkpointing="blocks", ffn_chunk=7, loss_chunk=None,
     )  # fmt: skip
     net = model.build(section, VOCAB, SEQ_LEN)  # type: ignore[arg-type]
     assert net.config == {"vocab_size": VOCAB, "seq_len": SEQ_LEN, **vars(section)}

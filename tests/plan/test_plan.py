@@ -43,6 +43,8 @@ def memory(*overrides: str) -> tuple[int, int]:
         [],
         ["model.layers=5"],  # deeper than what is run
         ["model.activation_checkpointing=blocks", "model.layers=5"],
+        ["model.activation_checkpointing=blocks_on_cpu", "model.ffn_chunk=300", "model.loss_chunk=500"],
+        ["model.ffn_chunk=300"],
         ["model.attention.backend=sdpa"],
         ["model.attention.backend=naive", "data.seq_len=256"],
         ["model.dropout=0.1"],
@@ -186,6 +188,20 @@ def test_changes_are_tried_in_order_of_their_cost(monkeypatch: pytest.MonkeyPatc
         "model.activation_checkpointing=blocks data.batch_size=1",
     ]
     assert "devices=2" in steps[2] and "strategy.sequence_parallel_size=2" in steps[2]
+
+
+def test_offloaded_inputs_of_blocks_are_not_on_the_gpu() -> None:
+    deep = [*SMALL, "model.layers=7"]
+    kept, moved = (
+        plan.plan("quickstart", [*deep, f"model.activation_checkpointing={way}"], gpu="h100")
+        for way in ("blocks", "blocks_on_cpu")
+    )
+    inputs = 7 * 2 * 1024 * 128 * 4
+    assert kept.step.saved - moved.step.saved == inputs
+    assert moved.peak < kept.peak
+    assert kept.step.flops == moved.step.flops
+    here = plan.plan("quickstart", [*deep, "model.activation_checkpointing=blocks_on_cpu"])
+    assert here.peak == plan.plan("quickstart", [*deep, "model.activation_checkpointing=blocks"]).peak, "it is a CPU"
 
 
 def test_fsdp_divides_what_it_says() -> None:

@@ -1,0 +1,67 @@
+"""The reference holds the score matrix: how much that is, and refusing what does not fit."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from longnet_kit import attention, cli, host_memory
+from longnet_kit.plan.ledger import without_data
+
+PATTERN = {"kind": "dilated", "segment_lengths": [64, 256], "dilation_rates": [1, 4]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("pattern", [None, PATTERN])
+def test_the_estimate_is_what_the_scores_take(dtype: torch.dtype, pattern: dict | None) -> None:
+    backend = attention.build({"backend": "naive"} | ({"pattern": pattern} if pattern else {}))
+    with without_data() as ledger, torch.no_grad():
+        ledger.phase = "inputs"
+        q, k, v = (torch.empty(3, 512, 4, 4, dtype=dtype) for _ in range(3))
+        ledger.label("inputs")
+        ledger.phase = "forward"
+        backend(q, k, v)
+        needed = ledger.peaks()["forward"]["temporary"]
+    assert backend.memory(3, 512, 4, dtype) == pytest.approx(needed, rel=0.1)
+
+
+def test_what_does_not_fit_is_refused_with_what_it_takes_and_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = attention.build({"backend": "naive"})
+    q = torch.randn(1, 300, 2, 8)
+    needed = backend.memory(1, 300, 2, torch.float32)
+    monkeypatch.setattr(host_memory, "free", lambda: float(needed))
+    assert backend(q, q, q).shape == q.shape
+    monkeypatch.setattr(host_memory, "free", lambda: needed - 1.0)
+    with pytest.raises(ValueError, match="would hold 0.0 GB of scores for 1 x 300 tokens.* dilated") as told:
+        backend(q, q, q)
+    longest = re.search(r"at most ([\d,]+) tokens", str(told.value))
+    assert longest and int(longest[1]) == 299
+
+
+def test_a_run_that_cannot_fit_ends_with_the_estimate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: object
+) -> None:
+    monkeypatch.chdir(str(tmp_path))
+    overrides = ["model.attention.backend=naive", "data.seq_len=200000", "data.batch_size=1", "data.eval_contexts=[]"]
+    assert cli.main(["fit", "quickstart", "model.layers=1", *overrides, "trainer.max_steps=1"]) == 2
+    told = capsys.readouterr().err
+    assert "GB of scores for 1 x 200,000 tokens and 4 heads" in told and "Traceback" not in told
+
+
+def test_free_memory_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    (tmp_path / "meminfo").write_text("MemTotal: 3000 kB\nMemAvailable:    2000 kB\n")
+    monkeypatch.setattr(host_memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    assert host_memory.free() == 2000 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory.free() == 2000 * 1024
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    assert host_memory.free() == 600_000
+    assert host_memory.total() == 1_000_000 and host_memory.total(4) == 250_000
+
+
+def test_free_memory_is_a_part_of_the_whole() -> None:
+    assert 0 < host_memory.free() <= host_memory.total()
