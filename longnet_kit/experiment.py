@@ -67,6 +67,7 @@ def run(r: Recipe) -> Path:
         say(f"note: {note}")
     seed_everything(r.seed, workers=True, verbose=False)
     datamodule = build_data(r)
+    datamodule.trainer = trainer  # which says whether there is to be validation
     task = _built_by_the_first(r, datamodule) if trainer.is_global_zero else build_task(without_weights(r))
     with ExitStack() as held:
         place = parallel.agree(trainer, lambda: fitting.claim(r, held))

@@ -132,7 +132,7 @@ class LanguageModelingData(LightningDataModule):
         self._cache = cache.TokenCache(cache.folder_of(self.source, self.tokenizer, self._cache_dir))
         short = [
             f"{split}: {len(self._cache.splits[split]):,} tokens"
-            for split in _STAGES.get(stage, SPLITS)
+            for split in self._needed(stage)
             if len(self._windows(split)) == 0
         ]
         if short:
@@ -141,6 +141,12 @@ class LanguageModelingData(LightningDataModule):
                 f"are too few ({'; '.join(short)}); use more text or a shorter seq_len, or name files for the split "
                 "(val_paths, test_paths)"
             )
+
+    def _needed(self, stage: str | None) -> tuple[Split, ...]:
+        """The splits that a stage reads."""
+        if stage == "fit" and self.trainer is not None and self.trainer.limit_val_batches == 0:
+            return ("train",)
+        return _STAGES.get(stage, SPLITS)
 
     @property
     def bytes_per_token(self) -> dict[str, float]:
