@@ -104,10 +104,13 @@ class Gradients:
             self.dq, self.dk, self.dv = (q.new_empty(q.shape, dtype=exact(q)) for _ in range(3))
         for view in views:
             for *saved_, dq, dk, dv in _parts(view, *saved, self.dq, self.dk, self.dv):
-                parts = _kernel_gradients(saved_, causal, scale)
-                for total, part in zip((dq, dk, dv), parts, strict=True):
-                    total.add_(part) if self._written else total.copy_(part)
+                self._land((dq, dk, dv), _kernel_gradients(saved_, causal, scale))
         self._written = True
+
+    def _land(self, totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """Write or add what a kernel call gives; after it nothing holds the call's results, which are large."""
+        for total, part in zip(totals, parts, strict=True):
+            total.add_(part) if self._written else total.copy_(part)
 
 
 def merge(out: Tensor, lse: Tensor, branch_out: Tensor, branch_lse: Tensor) -> None:

@@ -180,10 +180,10 @@ class Ledger(TorchDispatchMode):
         return "recomputed" if self.phase == "backward" and hooked else self.phase
 
 
-def run_backward(loss: Tensor) -> None:
-    """As `loss.backward()`, which would suspend function modes for what checkpointing recomputes."""
+def run_backward(loss: Tensor, grad: Tensor | None = None) -> None:
+    """As `loss.backward(grad)`, which would suspend function modes for what checkpointing recomputes."""
     _engine_run_backward(
-        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        (loss,), (torch.ones_like(loss) if grad is None else grad,), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_kit import attention
 from longnet_kit.attention import dilated, flash, patterns, views
+from longnet_kit.plan.ledger import run_backward, without_data
 from tests.attention.oracle import dilated_options, problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:no branch has dilation rate 1")
@@ -73,6 +74,32 @@ def test_only_inputs_output_and_lse_are_saved() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         attention.build(SMALL)(q, k, v)
     assert sorted(x.numel() for x in saved) == sorted([2 * 40 * 4] + 4 * [2 * 40 * 4 * 8])
+
+
+@pytest.mark.parametrize("seq_len", [16_384, 15_000])
+@pytest.mark.parametrize(
+    "branches",
+    [
+        [(2048, 1), (4096, 2), (8192, 4), (16384, 8)],
+        [(2048, 1), (4096, 1), (8192, 1)],
+        [(1024, 2), (4096, 1), (16384, 6)],
+        [(2048, 1)],
+    ],
+)
+def test_memory_is_that_of_inputs_results_and_little_more(seq_len: int, branches: list[tuple[int, int]]) -> None:
+    """At most 15% beyond q, k, v, the output, its gradient and the three gradients, however many branches there are."""
+    lengths, rates = zip(*branches, strict=True)
+    backend = attention.build({"backend": "dilated", "segment_lengths": lengths, "dilation_rates": rates})
+    with without_data() as ledger:
+        ledger.phase = "inputs"
+        q, k, v, grad = (torch.empty(1, seq_len, 12, 64) for _ in range(4))
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        ledger.phase = "attention"
+        out = backend(*inputs)
+        run_backward(out, grad)
+        del out
+        needed = ledger.peaks()["attention"].total()
+    assert 8 * grad.numel() * 4 < needed <= 1.15 * 8 * grad.numel() * 4
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.name)
