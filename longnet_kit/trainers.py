@@ -48,7 +48,7 @@ def build(r: Recipe, watchers: list[Callback]) -> Trainer:
             **arguments,
             strategy=strategy,
             plugins=plugins,
-            callbacks=watchers,
+            callbacks=[callbacks.FastKernels(), *watchers],
             logger=False,
             default_root_dir=str(runs.ROOT / r.name),  # under SLURM, Lightning would go on from what it finds there
             profiler=kind(filename="profile") if kind else None,  # without a name it would write to a log

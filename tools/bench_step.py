@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import os
-import statistics
 import tempfile
 import time
 from collections import Counter
@@ -64,7 +63,10 @@ class BareLoop(Callback):
         self.model = copy.deepcopy(task.model)
         made = task.configure_optimizers()
         optimizer = made["optimizer"]
-        groups, theirs = optimizer.param_groups, dict(zip(task.model.parameters(), self.model.parameters(), strict=True))
+        groups, theirs = (
+            optimizer.param_groups,
+            dict(zip(task.model.parameters(), self.model.parameters(), strict=True)),
+        )
         options = [{**group, "params": [theirs[p] for p in group["params"]]} for group in groups]
         self.optimizer = type(optimizer)(options)
         self.clip = trainer.gradient_clip_val
@@ -108,19 +110,15 @@ def shares(loop: BareLoop, device: torch.device) -> Counter[str]:
     with profile(activities=kinds) as profiler:
         loop.step()
     spent: Counter[str] = Counter()
-    inside: Counter[str] = Counter()
     for event in profiler.events():
         own = getattr(event, f"self_{clock}_time_total") / 1e6
         above, names = event, []
         while above is not None:
             names.append(above.name)
             above = above.cpu_parent
-        if any(name in ATTENTION for name in names):
-            spent["attention"] += own
-            inside[event.name] += own
-            continue
         found = (part for name in names for part, marks in PARTS.items() if any(mark in name for mark in marks))
-        spent[next(found, "elementwise and copies")] += own
+        part = "attention" if any(name in ATTENTION for name in names) else next(found, "elementwise and copies")
+        spent[part] += own
     return spent
 
 
@@ -166,24 +164,11 @@ def main() -> None:
     ]
     measure.show(parts)
     if flops:
-        time_share, flop_share = parts[[p["part"] for p in parts].index("attention")]["share of time"], None
-        flop_share = flops["attention"] / sum(flops.values())
-        print(f"\nattention's share of the time over its share of the FLOPs: {time_share / flop_share:.3f}")
+        of_time, of_flops = spent["attention"] / sum(spent.values()), flops["attention"] / sum(flops.values())
+        print(f"\nattention's share of the time over its share of the FLOPs: {of_time / of_flops:.3f}")
     results: dict[str, Any] = {"loops": rows, "parts": parts, "own": own, "trainers": trainers}
     measure.write(given.json, device, recipe=recipe.to_dict(r), **results)
-    plot(parts, given.plot)
-    print(f"median of the loop alone: {statistics.median(own):.3f} s")
-
-
-def plot(parts: list[dict[str, Any]], path: Path) -> None:
-    """A bar for each part of a step."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.barh([part["part"] for part in parts][::-1], [part["share of time"] for part in parts][::-1])
-    axes.set_xlabel("share of a step's time")
-    figure.savefig(path, dpi=120)
+    measure.draw_bars({part["part"]: part["share of time"] for part in parts}, given.plot, "share of a step's time")
 
 
 if __name__ == "__main__":

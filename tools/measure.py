@@ -142,6 +142,17 @@ def draw_lines(series: Mapping[str, tuple[Sequence[float], Mapping[str, Sequence
     figure.savefig(path, dpi=120)
 
 
+def draw_bars(values: Mapping[str, float], path: Path, x: str) -> None:
+    """A bar for each value, the first on top."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 1 + 0.35 * len(values)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(list(values)[::-1], list(values.values())[::-1])
+    axes.set_xlabel(x)
+    figure.savefig(path, dpi=120)
+
+
 def write(path: Path, device: torch.device, **results: Any) -> None:
     """The machine and all results as JSON."""
     path.write_text(json.dumps({"machine": machine(device), **results}, indent=1) + "\n")

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longnet_kit.attention import routes
+
 aten = torch.ops.aten
 
 Forward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
@@ -37,21 +39,13 @@ class Route(NamedTuple):
 def route(device: torch.device, dtype: torch.dtype, head_dim: int) -> Route:
     """The kernel that runs on this device for this dtype and head dimension.
 
-    CPU: torch's flash kernel. CUDA: cuDNN on Hopper, else FlashAttention-2, for half precision; the memory-efficient
-    kernel for float32. Everything else (float64 or odd head dimensions on CUDA, other devices) takes plain matrix
-    products.
+    CPU: torch's flash kernel. CUDA: the fastest that takes them, by the table of `longnet_kit.attention.routes`.
+    Everything else takes plain matrix products.
     """
     if device.type == "cpu":
         return CPU
     if device.type == "cuda":
-        half = dtype in (torch.float16, torch.bfloat16)
-        major = torch.cuda.get_device_capability(device)[0]
-        if half and head_dim % 8 == 0 and head_dim <= 128 and major == 9 and torch.backends.cudnn.is_available():
-            return CUDNN
-        if half and head_dim % 8 == 0 and head_dim <= 256 and major >= 8:
-            return FLASH
-        if dtype == torch.float32 and head_dim % 4 == 0 or half and head_dim % 8 == 0:
-            return EFFICIENT
+        return CUDA[routes.fastest(torch.cuda.get_device_capability(device)[0], dtype, head_dim)]
     return MATH
 
 
@@ -216,3 +210,5 @@ CUDNN = Route("cudnn", _cudnn_forward, _cudnn_backward)
 FLASH = Route("flash", _flash_forward, _flash_backward)
 EFFICIENT = Route("efficient", _efficient_forward, _efficient_backward)
 MATH = Route("math", _math_forward, _math_backward)
+CUDA = {"fa3": FLASH, "cudnn": CUDNN, "flash": FLASH, "efficient": EFFICIENT, "math": MATH}
+"""Kernels by their names in the table; FlashAttention-3 stands behind the same ops as torch's own flash kernel."""

@@ -1,11 +1,12 @@
-"""What watches a run: throughput, consumption, figures, the progress bar, the last values, the final validation; and
-what keeps it from being lost: saving, random generators, the check for values that are not finite."""
+"""What watches a run: throughput, consumption, figures, the progress bar, the last values, the final validation, the
+kernels; and what keeps it from being lost: saving, random generators, the check for values that are not finite."""
 
 from __future__ import annotations
 
 from longnet_kit.callbacks.attention_figures import AttentionPattern, BranchWeights
 from longnet_kit.callbacks.board import Board
 from longnet_kit.callbacks.consumption import Consumption, draw_again
+from longnet_kit.callbacks.fast_kernels import FastKernels
 from longnet_kit.callbacks.final_validation import FinalValidation
 from longnet_kit.callbacks.generators import Generators
 from longnet_kit.callbacks.last_values import LastValues
@@ -24,6 +25,7 @@ __all__ = [
     "Board",
     "BranchWeights",
     "Consumption",
+    "FastKernels",
     "FinalValidation",
     "Generators",
     "LastValues",

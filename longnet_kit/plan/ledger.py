@@ -183,7 +183,13 @@ class Ledger(TorchDispatchMode):
 def run_backward(loss: Tensor, grad: Tensor | None = None) -> None:
     """As `loss.backward(grad)`, which would suspend function modes for what checkpointing recomputes."""
     _engine_run_backward(
-        (loss,), (torch.ones_like(loss) if grad is None else grad,), False, False, (), allow_unreachable=True, accumulate_grad=True
+        (loss,),
+        (torch.ones_like(loss) if grad is None else grad,),
+        False,
+        False,
+        (),
+        allow_unreachable=True,
+        accumulate_grad=True,
     )
 
 

@@ -150,6 +150,8 @@ def test_the_math_route_and_chunked_launches_serve_the_backend(monkeypatch: pyte
         (torch.bfloat16, 64, (9, 0), "cudnn"),
         (torch.bfloat16, 192, (9, 0), "flash"),
         (torch.float16, 64, (8, 0), "flash"),
+        (torch.float16, 64, (10, 0), "flash"),
+        (torch.float16, 264, (8, 0), "efficient"),
         (torch.float16, 64, (7, 5), "efficient"),
         (torch.float32, 64, (9, 0), "efficient"),
         (torch.float32, 30, (9, 0), "math"),
