@@ -2,9 +2,9 @@
 
     .venv/bin/python tools/bench_routes.py [--length 16384] [--heads 16] [--head-dim 64] [--write]
 
-Forward and backward of dense causal attention, on contiguous tensors, for half precision and for float32. `--write` puts
-the orders and the rates into longnet_kit/attention/cuda_routes.json, for this GPU's compute capability. On a CPU its two
-kernels are compared, and nothing is written.
+Forward and backward of dense causal attention, on contiguous tensors, for half precision and for float32. `--write`
+puts the orders and the rates into longnet_kit/attention/cuda_routes.json, for this GPU's compute capability. On a CPU
+its two kernels are compared, and nothing is written.
 """
 
 from __future__ import annotations

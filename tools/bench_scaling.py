@@ -2,10 +2,10 @@
 
     .venv/bin/python tools/bench_scaling.py [--only doubling|figure] [--longest 1048576] [--total 262144] [--limit 60]
 
-`doubling`: forward and backward of dilated attention on one sequence of N tokens, branches (2048, 1), (4096, 2), ... up to
-(N, N / 2048), so that each doubling adds a branch; 12 heads up to 256K tokens and 2 beyond, where memory asks for it.
-`of half` is the time over that of half the length, in the same round; `beyond` the memory at the peak beside q, k, v, the
-output, its gradient and the gradients of q, k, v, as a share of those.
+`doubling`: forward and backward of dilated attention on one sequence of N tokens, branches (2048, 1), (4096, 2), ... up
+to (N, N / 2048), so that each doubling adds a branch; 12 heads up to 256K tokens and 2 beyond, as memory demands.
+`of half` is the time over that of half the length, in the same round; `beyond` the memory at the peak beside q, k, v,
+the output, its gradient and the gradients of q, k, v, as a share of those.
 
 `figure`: forward passes over the same number of tokens in all, in batches of ever longer sequences, dense and dilated
 with at most three branches, (2048, 1), one of the middle and (N, N / 2048), as in the paper's runtime figure. A series
@@ -15,6 +15,7 @@ ends where its next step would take longer than the limit.
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import measure
@@ -105,8 +106,9 @@ def figure(total: int, heads: int, width: int, rounds: int, limit: float, **fact
             backend = attention.build({"backend": "sdpa"}) if name == "dense" else dilated(three(n))
             q, k, v = (torch.randn(total // n, n, heads, width, **factory) for _ in range(3))
             with torch.no_grad():
-                beyond = measure.peak(lambda b=backend, x=(q, k, v): b(*x), q.device)
-                times = [measure.seconds(lambda b=backend, x=(q, k, v): b(*x), q.device) for _ in range(rounds)]
+                forward = partial(backend, q, k, v)
+                beyond = measure.peak(forward, q.device)
+                times = [measure.seconds(forward, q.device) for _ in range(rounds)]
             expected = statistics.median(times) * (2 if name == "dense" else 1)
             row = {"attention": name, "N": n, "batch": total // n, "seconds": statistics.median(times)}
             rows.append(row | {"peak MB": beyond / 1e6})

@@ -2,11 +2,11 @@
 
     .venv/bin/python tools/bench_step.py [RECIPE] [key.path=value ...] [--steps 30]
 
-By default one layer of the paper's width on 16,384 tokens. The recipe runs as `longnet fit` runs it, logging, callbacks
-and data included. After each of its steps a bare loop (a copy of the network, the same batch, loss, backward, optimizer)
-takes one too, so that both meet the same machine; the first five of each do not count. Then a step of the bare loop is
-profiled: each part's share of the time, and of the FLOPs beside it (10 D per pair and head in attention's backward, two
-products for each of the forward's elsewhere).
+By default one layer of the paper's width on 16,384 tokens. The recipe runs as `longnet fit` runs it, logging,
+callbacks and data included. After each of its steps a bare loop (a copy of the network, the same batch, loss, backward,
+optimizer) takes one too, so that both meet the same machine; the first five of each do not count. Then a step of the
+bare loop is profiled: each part's share of the time, and of the FLOPs beside it (10 D per pair and head in attention's
+backward, two products for each of the forward's elsewhere).
 """
 
 from __future__ import annotations

@@ -277,9 +277,9 @@ def _changes(path: str | Path, overrides: Sequence[str], made: Plan) -> list[tup
         return found
     if r.data.batch_size > 1 and tried(data__batch_size="1"):
         return found
-    if made.machine.is_cuda and settings["model.activation_checkpointing"] == "blocks":
-        if tried(model__activation_checkpointing="blocks_on_cpu"):
-            return found
+    offloads = made.machine.is_cuda and settings["model.activation_checkpointing"] == "blocks"
+    if offloads and tried(model__activation_checkpointing="blocks_on_cpu"):
+        return found
     if s.devices > 1 and not s.is_fsdp:
         name = "sequence_parallel_fsdp" if r.strategy.name == "sequence_parallel" else "fsdp"
         if tried(strategy__name=name):

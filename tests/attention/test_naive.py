@@ -50,7 +50,7 @@ def test_a_run_that_cannot_fit_ends_with_the_estimate(
     assert "GB of scores for 1 x 200,000 tokens and 4 heads" in told and "Traceback" not in told
 
 
-def test_free_memory_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_free_memory_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 3000 kB\nMemAvailable:    2000 kB\n")
     monkeypatch.setattr(host_memory, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
