@@ -1,0 +1,111 @@
+"""What is claimed of one large GPU: the dense kernel's rate, 64M tokens, and the paper's model on 1M tokens.
+
+Each test prints its figures (`-s` shows them); the tables of tools/ are where they are kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from longnet_kit import attention, recipe
+from longnet_kit.model import Transformer
+from longnet_kit.model.loss import token_losses
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+
+
+def needs(gigabytes: int) -> None:
+    """Skip on a device with less memory."""
+    there = torch.cuda.get_device_properties(0).total_memory / 1e9
+    if there < gigabytes:
+        pytest.skip(f"needs a device with {gigabytes} GB of memory; this one has {there:.0f}")
+
+
+def geometric(n: int) -> attention.AttentionBackend:
+    """(2048, 1), (4096, 2), ... up to n."""
+    rates = [2**i for i in range(n.bit_length()) if 2048 * 2**i <= n]
+    return attention.build(
+        {"backend": "dilated", "segment_lengths": [2048 * r for r in rates], "dilation_rates": rates}
+    )
+
+
+def milliseconds(run: Callable[[], object], rounds: int = 10) -> float:
+    """Of the median round, after two that do not count."""
+    found = []
+    for _ in range(rounds + 2):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        run()
+        ended.record()
+        torch.cuda.synchronize()
+        found.append(began.elapsed_time(ended))
+    return statistics.median(found[2:])
+
+
+def test_dilated_attention_runs_at_the_dense_kernels_rate() -> None:
+    """At least 0.9 of the FLOP rate of the fastest dense kernel, forward and backward together."""
+    n, heads, width = 65_536, 12, 64
+    qkv = [torch.randn(1, n, heads, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    grad = torch.randn_like(qkv[0])
+
+    def both_ways(run: Callable[..., torch.Tensor]) -> float:
+        return milliseconds(lambda: torch.autograd.grad(run(*qkv), qkv, grad))
+
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+
+    rates = {}
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(kernel):
+            try:
+                rates[kernel.name] = (
+                    3.5 * attention.build({"backend": "sdpa"}).flops(n, heads, width) / both_ways(dense)
+                )
+            except RuntimeError:
+                continue  # not on this device
+    backend = geometric(n)
+    ours = 3.5 * backend.flops(n, heads, width) / both_ways(backend)
+    print({name: f"{rate / 1e9:.0f} TFLOP/s" for name, rate in {**rates, "dilated": ours}.items()})
+    assert ours >= 0.9 * max(rates.values())
+
+
+def test_64m_tokens_pass_forward_on_one_device() -> None:
+    needs(130)
+    n = 2**26
+    q, k, v = (torch.randn(1, n, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    with torch.no_grad():
+        out = geometric(n)(q, k, v)
+    # The first segment sees only itself, and the last tokens of a causal prefix do not depend on what follows.
+    short = geometric(2**14)(*(x[:, : 2**14] for x in (q, k, v)))
+    assert torch.isfinite(out[:, ::4097]).all()
+    torch.testing.assert_close(out[:, :1].float(), short[:, :1].float(), rtol=0, atol=1e-2)
+    print(f"{torch.cuda.max_memory_allocated() / 1e9:.0f} GB")
+
+
+def test_the_papers_model_trains_on_1m_tokens_on_one_device() -> None:
+    needs(130)
+    r = recipe.load("parallel/longnet_1m")
+    n, vocab = r.data.seq_len, 100_277  # of cl100k_base
+    options = {"layers": 12, "dim": 768, "heads": 12, "ffn_dim": 3072, "attention": r.model.attention}
+    assert options == {key: getattr(r.model, key) for key in options}
+    model = Transformer(
+        vocab, seq_len=n, positions="rope", activation_checkpointing="blocks_on_cpu", ffn_chunk=65_536, **options
+    ).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    tokens = torch.randint(vocab, (1, n), device="cuda")
+    losses = []
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = token_losses(model.hidden(tokens), model.embedding.weight, tokens.roll(-1, 1)).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] < losses[0] < 20
+    print(f"{losses}, {torch.cuda.max_memory_allocated() / 1e9:.0f} GB")
