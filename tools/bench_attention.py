@@ -4,8 +4,8 @@
 
 `branches`: forward and backward of `dilated` beside two yardsticks of the same kernel. `contiguous`: each branch's
 kernel calls on tensors that are already as the kernel likes them, (segments, heads, kept, head_dim), summed: no views
-and no merging. `peer`: tools/peer.py, which gathers, scatters and mixes whole tensors. Above 1 in `of contiguous` or `of
-peer` means faster than that. GFLOP/s counts the pairs that the branches show, 4 D each forward and 10 D backward.
+and no merging. `peer`: tools/peer.py, which gathers, scatters and mixes whole tensors. Above 1 in `of contiguous` or
+`of peer` means faster than that. GFLOP/s counts the pairs that the branches show, 4 D each forward, 10 D backward.
 
 `backends`: each backend at each length, with the memory that forward and backward need beyond q, k, v and the gradient
 given (the output and the gradients of q, k, v are in it). `sdpa` is dense attention by torch's flash kernel.
@@ -166,7 +166,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = measure.parser(__doc__, "attention")
     parser.add_argument("--only", choices=["branches", "backends"])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2**i for i in range(10, 15)])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2**i for i in range(10, 14)])
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-dim", type=int, default=64)
     given = measure.options(parser)

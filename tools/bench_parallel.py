@@ -1,6 +1,6 @@
 """Weak scaling of sequence-parallel dilated attention: the same tokens on each rank, more ranks, a longer sequence.
 
-    .venv/bin/python tools/bench_parallel.py [--tokens 16384] [--ranks 1 2 4] [--json FILE]
+    .venv/bin/python tools/bench_parallel.py [--tokens 16384] [--ranks 1 2 4]
 
 For each number of ranks P the sequence is P times as long, and its longest branch reaches over all of it with as many
 kept tokens as ever. Each rank is a process with one thread, on gloo. The table gives forward and backward of one layer:
@@ -14,15 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import measure
 import torch
 import torch.distributed as dist
 
@@ -74,7 +73,7 @@ def work(tokens: int, ranks: int, rank: int, rounds: int) -> dict[str, Any]:
     return {"cpu": statistics.median(cpu[1:]), "wall": statistics.median(wall[1:]), "received": shard.received}
 
 
-def measure(tokens: int, ranks: int, rounds: int) -> dict[str, Any]:
+def on_ranks(tokens: int, ranks: int, rounds: int) -> dict[str, Any]:
     """Start the ranks and take the slowest."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -119,19 +118,17 @@ def line(row: dict[str, Any], times: str, expected: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Weak scaling of sequence-parallel dilated attention.")
+    parser = measure.bare_parser(__doc__, "parallel")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens on each rank, a power of two from 4096")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=int, nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = measure.options(parser)
     if options.worker:
         ranks, rank = options.worker
         print(json.dumps(work(options.tokens, ranks, rank, options.rounds)))
         return
-    rows = [measure(options.tokens, ranks, options.rounds) for ranks in options.ranks]
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, gloo")
+    rows = [on_ranks(options.tokens, ranks, options.rounds) for ranks in options.ranks]
+    print(f"{measure.machine(torch.device('cpu'))}, gloo")
     print(f"{options.tokens:,} tokens per rank, {HEADS} heads of {HEAD_DIM}, float32, one thread per rank, medians\n")
     print("ranks     tokens   CPU s   ratio  wall s  received fwd  received bwd       formula       Ulysses")
     for row in rows:
@@ -147,8 +144,16 @@ def main() -> None:
         print(line(row, " " * 23, formula(small, ranks)))
         assert row["forward"] == row["backward"] == formula(small, ranks)
         rows.append(row)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    timed = [row for row in rows if "cpu_seconds" in row]
+    counts = [row["ranks"] for row in timed]
+    traded = [ulysses(options.tokens, count) for count in counts]
+    series = {
+        "dilated": (counts, {"elements received": [row["forward"] for row in timed]}),
+        "head all-to-alls": (counts, {"elements received": traded}),
+        "slowest rank": (counts, {"CPU seconds": [row["cpu_seconds"] for row in timed]}),
+    }
+    measure.draw_lines(series, options.plot, "ranks")
+    measure.write(options.json, torch.device("cpu"), timed=timed, counted=rows[len(timed) :])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -22,10 +23,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def parser(text: str | None, name: str) -> argparse.ArgumentParser:
     """A command line with what every benchmark takes; results go to runs/benchmarks/`name` unless it says otherwise."""
-    made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    folder = Path("runs/benchmarks")
+    made = bare_parser(text, name)
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
+    return made
+
+
+def bare_parser(text: str | None, name: str) -> argparse.ArgumentParser:
+    """The same for benchmarks that choose the device and the dtype themselves."""
+    made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    folder = Path("runs/benchmarks")
     made.add_argument("--rounds", type=int, default=5, help="each case once in every round; medians are shown")
     made.add_argument("--json", type=Path, default=folder / f"{name}.json")
     made.add_argument("--plot", type=Path, default=folder / f"{name}.png")
@@ -35,8 +42,9 @@ def parser(text: str | None, name: str) -> argparse.ArgumentParser:
 def options(made: argparse.ArgumentParser) -> argparse.Namespace:
     """The parsed command line, `device` and `dtype` as torch has them."""
     given = made.parse_args()
-    given.device = torch.device(given.device)
-    given.dtype = DTYPES[given.dtype or ("float32" if given.device.type == "cpu" else "bfloat16")]
+    if hasattr(given, "device"):
+        given.device = torch.device(given.device)
+        given.dtype = DTYPES[given.dtype or ("float32" if given.device.type == "cpu" else "bfloat16")]
     for path in (given.json, given.plot):
         path.parent.mkdir(parents=True, exist_ok=True)
     return given
@@ -84,7 +92,8 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
 def peak(case: Callable[[], object], device: torch.device) -> int:
     """Bytes that a call needs at its peak, beyond what is in use before it.
 
-    On a CPU it is the growth of the process's resident memory, which the kernel counts (Linux).
+    On a CPU it is the growth of the process's resident memory, which the kernel counts (Linux), over what is left once
+    the allocator has given back what it keeps.
     """
     gc.collect()
     if device.type == "cuda":
@@ -94,6 +103,7 @@ def peak(case: Callable[[], object], device: torch.device) -> int:
         case()
         _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
     before = _resident("VmRSS")
     case()

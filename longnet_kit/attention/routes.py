@@ -44,7 +44,8 @@ def runs(name: str, major: int, dtype: torch.dtype, head_dim: int) -> bool:
         available = torch.backends.cudnn.is_available()
         return dtype in HALF and head_dim % 8 == 0 and head_dim <= 128 and major >= 8 and available
     if name == "flash":
-        return dtype in HALF and head_dim % 8 == 0 and head_dim <= 256 and major >= 8
+        foreign = _active_flash() == "FA3" and major != 9  # it is the process's flash kernel then, and a Hopper's alone
+        return dtype in HALF and head_dim % 8 == 0 and head_dim <= 256 and major >= 8 and not foreign
     if name == "efficient":
         return dtype == torch.float32 and head_dim % 4 == 0 or dtype in HALF and head_dim % 8 == 0
     return name == "math"

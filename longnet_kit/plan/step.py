@@ -23,10 +23,11 @@ from torch.optim import Optimizer
 from longnet_kit import experiment, placement
 from longnet_kit.attention.sharding import bind
 from longnet_kit.model import compute_dtype
+from longnet_kit.model.transformer import FeedForward
 from longnet_kit.parallel import batches
 from longnet_kit.parallel.fsdp import fsdp_units
+from longnet_kit.plan import chunks
 from longnet_kit.plan.cuda_autocast import CudaAutocast
-from longnet_kit.plan.head import in_few_chunks
 from longnet_kit.plan.ledger import Ledger, run_backward, without_data
 from longnet_kit.plan.opaque import hide_backends
 from longnet_kit.plan.shard import PlannedShard, Transfer
@@ -164,7 +165,10 @@ def _task(r: Recipe, spread: Spread, ledger: Ledger, cuda: bool) -> LightningMod
     )
     task._trainer = trainer
     if isinstance(task, LanguageModeling):
-        task._losses = partial(in_few_chunks, task.model, ledger)  # type: ignore[method-assign]
+        task._losses = partial(chunks.losses, task.model, ledger)  # type: ignore[method-assign]
+        for module in task.modules():
+            if isinstance(module, FeedForward) and module.chunk is not None:
+                module.forward = partial(chunks.feed_forward, module, ledger)
         if cuda:
             task.model.save_on_cpu = ledger.keeping_on_host
     return task

@@ -62,6 +62,7 @@ def test_flash_attention_3_is_taken_on_a_hopper_and_once(installed: list[str]) -
     assert installed == ["FA3"]
     assert routes.fastest(9, torch.bfloat16, 64) == "fa3" and flash.CUDA["fa3"] is flash.FLASH
     assert routes.fastest(9, torch.float32, 64) == "efficient"
+    assert routes.fastest(8, torch.bfloat16, 64) != "flash", "another card of the machine, which it refuses"
 
 
 @pytest.mark.parametrize("missing", ["module", "torch", "hopper", "gpu"])
