@@ -6,27 +6,29 @@ import math
 import os
 from pathlib import Path
 
-_CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+_STATM = Path("/proc/self/statm")
+_GROUPS = Path("/sys/fs/cgroup")
+_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+"""Of a container's limit, in versions 2 and 1: itself, what is in use, and what of that is cache that gives way."""
 
 
 def total(processes: int = 1) -> float:
     """Bytes that one of so many processes may have at most; infinite where unknown."""
-    return min(min(_physical(), _number(_CGROUP / "memory.max")) / processes, _limit())
+    return min(min(_physical(), *(_number(names[0]) for names in _FILES)) / processes, _limit())
 
 
 def free() -> float:
     """Bytes that could be had now without swapping; infinite where unknown."""
     try:
-        lines = _MEMINFO.read_text().splitlines()
-        there = float(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
-    except (OSError, StopIteration):
+        there = _field(_MEMINFO, "MemAvailable:") * 1024
+    except (OSError, LookupError):
         there = _physical()
-    group = _number(_CGROUP / "memory.max")
-    if math.isfinite(group):
-        used = _number(_CGROUP / "memory.current")
-        group -= used if math.isfinite(used) else 0
-    return min(there, group, _limit())
+    limits = [_number(names[0]) - _in_use(*names[1:]) for names in _FILES]
+    return max(0.0, min(there, *limits, _limit() - _addressed()))
 
 
 def _physical() -> float:
@@ -46,9 +48,36 @@ def _limit() -> float:
     return math.inf if limit < 0 else float(limit)
 
 
-def _number(path: Path) -> float:
+def _addressed() -> float:
+    """What counts against the process's limit by now."""
+    try:
+        return float(_STATM.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0.0
+
+
+def _in_use(usage: str, stat: str, cache: str) -> float:
+    """What counts against a container's limit and would not give way."""
+    used = _number(usage)
+    try:
+        reclaimable = _field(_GROUPS / stat, cache)
+    except (OSError, LookupError):
+        reclaimable = 0.0
+    return max(0.0, used - reclaimable) if math.isfinite(used) else 0.0
+
+
+def _number(name: str) -> float:
     """Of a file of the container's limits; infinite where it has none."""
     try:
-        return float(path.read_text())
+        return float((_GROUPS / name).read_text())
     except (OSError, ValueError):
         return math.inf
+
+
+def _field(path: Path, name: str) -> float:
+    """The number behind a name, one of each to a line; LookupError where it is not there."""
+    for line in path.read_text().splitlines():
+        words = line.split()
+        if words[:1] == [name]:
+            return float(words[1])
+    raise LookupError(name)

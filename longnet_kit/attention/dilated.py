@@ -184,7 +184,7 @@ def dilated_backward(
     grads = Gradients(q, covered=1 in dilation_rates)
     for views in _dense_first(q, segment_lengths, dilation_rates, head_offsets, first_head, total_heads):
         grads.add(views, grad_out, q, k, v, out, lse, causal, scale)
-    return grads.dq.to(q.dtype), grads.dk.to(q.dtype), grads.dv.to(q.dtype)
+    return grads.take(q.dtype)
 
 
 def _dense_first(

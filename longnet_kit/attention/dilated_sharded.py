@@ -259,4 +259,4 @@ class _Attend(torch.autograd.Function):
             grads.add(branch.views, grad_out, q, k, v, out, lse, causal, scale)
         for branch, transfer in zip(spanning, transfers, strict=True):
             branch.unpack(transfer(), grads.dk, grads.dv)
-        return (*(grad.to(q.dtype) for grad in (grads.dq, grads.dk, grads.dv)), None, None, None)
+        return *grads.take(q.dtype), None, None, None

@@ -2,7 +2,8 @@
 
 Branches are given as views into the whole tensors, so results land in place. A first branch that reaches every position
 writes, and where one kernel call does all of it, what the kernel gives is the running tensor. Later branches are added
-where they land, a quarter of the tensors at a time: what a kernel hands over never takes more than that.
+where they land, a quarter of the tensors at a time, or a head where that is more: what a kernel hands over takes no
+more than that.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Mixture:
             if whole := _one_call(views, q, k, v):
                 q_, k_, v_ = whole
                 out, lse = flash.forward(q_, k_, v_, causal, scale)
-                self.out, self.lse = _unfold(out, q).to(exact(q)), _unfold(lse, q)
+                self.out, self.lse = _unfold(out, q), _unfold(lse, q)
                 self._written = True
                 return
             self.out, self.lse = (q.new_empty(shape, dtype=exact(q)) for shape in (q.shape, q.shape[:-1]))
@@ -79,7 +80,7 @@ class Gradients:
     def __init__(self, q: Tensor, covered: bool) -> None:
         self._written = not covered
         if not covered:
-            self.dq, self.dk, self.dv = (torch.zeros_like(q, dtype=exact(q)) for _ in range(3))
+            self.dq, self.dk, self.dv = (q.new_zeros(q.shape, dtype=exact(q)) for _ in range(3))
 
     def add(
         self,
@@ -98,7 +99,7 @@ class Gradients:
         if not self._written:
             if whole := _one_call(views, *saved):
                 grads = _kernel_gradients(whole, causal, scale)
-                self.dq, self.dk, self.dv = (_unfold(grad, q).to(exact(q)) for grad in grads)
+                self.dq, self.dk, self.dv = (_unfold(grad, q) for grad in grads)
                 self._written = True
                 return
             self.dq, self.dk, self.dv = (q.new_empty(q.shape, dtype=exact(q)) for _ in range(3))
@@ -106,6 +107,16 @@ class Gradients:
             for *saved_, dq, dk, dv in _parts(view, *saved, self.dq, self.dk, self.dv):
                 self._land((dq, dk, dv), _kernel_gradients(saved_, causal, scale))
         self._written = True
+
+    def take(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Hand the three over in a dtype, one by one, so that in half precision they are not all there twice."""
+        dq = self.dq.to(dtype)
+        del self.dq
+        dk = self.dk.to(dtype)
+        del self.dk
+        dv = self.dv.to(dtype)
+        del self.dv
+        return dq, dk, dv
 
     def _land(self, totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
         """Write or add what a kernel call gives; after it nothing holds the call's results, which are large."""
@@ -143,16 +154,19 @@ def _kernel_gradients(saved: Sequence[Tensor], causal: bool, scale: float) -> tu
 
 
 def _one_call(views: tuple[View, ...], *tensors: Tensor) -> tuple[Tensor, ...] | None:
-    """The view of each tensor if a single call covers all of them, every position in its place."""
-    if len(views) == 1 and views[0].covers(tensors[0]):
+    """The view of each tensor if a single call covers all of them, and gives what sums are held in."""
+    if len(views) == 1 and views[0].covers(tensors[0]) and tensors[0].dtype == exact(tensors[0]):
         calls = list(views[0].calls(*tensors))
         return calls[0] if len(calls) == 1 else None
     return None
 
 
 def _unfold(x: Tensor, like: Tensor) -> Tensor:
-    """What a call that covers everything gives, (B', H, m, ...), as (B, N, H, ...); without a copy where it can be."""
-    return x.transpose(1, 2).reshape(*like.shape[:3], *x.shape[3:])
+    """What a call that covers everything gives, (B', H, m, ...), as (B, N, H, ...), in one piece.
+
+    Without a copy of what most kernels give, who lay heads side by side.
+    """
+    return x.transpose(1, 2).reshape(*like.shape[:3], *x.shape[3:]).contiguous()
 
 
 def _parts(view: View, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

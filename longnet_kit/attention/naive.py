@@ -36,10 +36,11 @@ class Naive(AttentionBackend):
     def pattern(self) -> patterns.Pattern:
         return self._pattern
 
-    def memory(self, batch: int, seq_len: int, heads: int, dtype: torch.dtype) -> int:
-        """Bytes that `forward` holds at its peak beside its inputs: what is of the size of the score matrix."""
+    def memory(self, batch: int, seq_len: int, heads: int, dtype: torch.dtype, total_heads: int | None = None) -> int:
+        """About the bytes that `forward` holds at its peak beside its inputs: what is of the score matrix's size."""
         scores = 3 * torch.promote_types(dtype, torch.float32).itemsize  # biased, masked, and their softmax
-        return (batch * scores + 5) * heads * seq_len**2  # and m in four bytes and in one
+        multiplicity = 5 * (heads if total_heads is None else total_heads)  # in four bytes and in one
+        return (batch * scores * heads + multiplicity) * seq_len**2
 
     def forward(
         self,
@@ -53,8 +54,8 @@ class Naive(AttentionBackend):
     ) -> Tensor:
         _, seq_len, heads, _ = q.shape
         total_heads = heads if total_heads is None else total_heads
-        if type(q) is Tensor:  # subclasses may have no data
-            self._check_memory(q)
+        if type(q) is Tensor and not torch.compiler.is_compiling():  # subclasses may have no data
+            self._check_memory(q, total_heads)
         m = self._pattern.multiplicity(seq_len, total_heads, causal)[first_head : first_head + heads].to(q.device)
         real = None
         if key_padding_mask is not None:
@@ -63,10 +64,10 @@ class Naive(AttentionBackend):
             real = key_padding_mask[:, :, None] & key_padding_mask[:, None, :]
         return torch.einsum("bhpk,bkhd->bphd", weigh(q, k, m, real).to(v.dtype), v)
 
-    def _check_memory(self, q: Tensor) -> None:
+    def _check_memory(self, q: Tensor, total_heads: int) -> None:
         """Raise ValueError where the score matrix does not fit, rather than have the system end the process."""
         batch, seq_len, heads, _ = q.shape
-        needed = self.memory(batch, seq_len, heads, q.dtype)
+        needed = self.memory(batch, seq_len, heads, q.dtype, total_heads)
         if q.device.type == "cuda":
             unused = torch.cuda.memory_reserved(q.device) - torch.cuda.memory_allocated(q.device)
             free = torch.cuda.mem_get_info(q.device)[0] + unused
@@ -75,7 +76,7 @@ class Naive(AttentionBackend):
         if needed > free:
             longest = int(seq_len * math.sqrt(free / needed))
             raise ValueError(
-                f"the naive backend would hold {needed / 1e9:,.1f} GB of scores for {batch} x {seq_len:,} tokens and "
-                f"{heads} heads, and {free / 1e9:,.1f} GB of memory are free on {q.device}; use the backend dilated or "
+                f"the naive backend would hold {needed / 1e6:,.0f} MB of scores for {batch} x {seq_len:,} tokens and "
+                f"{heads} heads, and {free / 1e6:,.0f} MB of memory are free on {q.device}; use the backend dilated or "
                 f"sdpa, whose memory grows with the length alone, or at most {longest:,} tokens"
             )

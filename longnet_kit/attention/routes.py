@@ -47,7 +47,9 @@ def runs(name: str, major: int, dtype: torch.dtype, head_dim: int) -> bool:
         foreign = _active_flash() == "FA3" and major != 9  # it is the process's flash kernel then, and a Hopper's alone
         return dtype in HALF and head_dim % 8 == 0 and head_dim <= 256 and major >= 8 and not foreign
     if name == "efficient":
-        return dtype == torch.float32 and head_dim % 4 == 0 or dtype in HALF and head_dim % 8 == 0
+        if dtype == torch.float32:
+            return head_dim % 4 == 0
+        return head_dim % 8 == 0 and (dtype == torch.float16 or dtype == torch.bfloat16 and major >= 8)
     return name == "math"
 
 

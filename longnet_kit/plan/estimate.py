@@ -273,7 +273,11 @@ def _changes(path: str | Path, overrides: Sequence[str], made: Plan) -> list[tup
 
     if r.model.activation_checkpointing == "none" and tried(model__activation_checkpointing="blocks"):
         return found
-    if r.model.ffn_chunk is None and r.data.seq_len > FFN_CHUNK and tried(model__ffn_chunk=str(FFN_CHUNK)):
+    if (
+        r.model.ffn_chunk is None
+        and r.data.seq_len * r.data.batch_size > FFN_CHUNK
+        and tried(model__ffn_chunk=str(FFN_CHUNK))
+    ):
         return found
     if r.data.batch_size > 1 and tried(data__batch_size="1"):
         return found

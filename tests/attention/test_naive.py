@@ -34,7 +34,7 @@ def test_what_does_not_fit_is_refused_with_what_it_takes_and_what_does(monkeypat
     monkeypatch.setattr(host_memory, "free", lambda: float(needed))
     assert backend(q, q, q).shape == q.shape
     monkeypatch.setattr(host_memory, "free", lambda: needed - 1.0)
-    with pytest.raises(ValueError, match="would hold 0.0 GB of scores for 1 x 300 tokens.* dilated") as told:
+    with pytest.raises(ValueError, match="would hold 3 MB of scores for 1 x 300 tokens.* dilated") as told:
         backend(q, q, q)
     longest = re.search(r"at most ([\d,]+) tokens", str(told.value))
     assert longest and int(longest[1]) == 299
@@ -47,13 +47,13 @@ def test_a_run_that_cannot_fit_ends_with_the_estimate(
     overrides = ["model.attention.backend=naive", "data.seq_len=200000", "data.batch_size=1", "data.eval_contexts=[]"]
     assert cli.main(["fit", "quickstart", "model.layers=1", *overrides, "trainer.max_steps=1"]) == 2
     told = capsys.readouterr().err
-    assert "GB of scores for 1 x 200,000 tokens and 4 heads" in told and "Traceback" not in told
+    assert "MB of scores for 1 x 200,000 tokens and 4 heads" in told and "Traceback" not in told
 
 
 def test_free_memory_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 3000 kB\nMemAvailable:    2000 kB\n")
     monkeypatch.setattr(host_memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(host_memory, "_GROUPS", tmp_path)
     assert host_memory.free() == 2000 * 1024
     (tmp_path / "memory.max").write_text("max\n")
     assert host_memory.free() == 2000 * 1024
@@ -61,6 +61,17 @@ def test_free_memory_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch: py
     (tmp_path / "memory.current").write_text("400000\n")
     assert host_memory.free() == 600_000
     assert host_memory.total() == 1_000_000 and host_memory.total(4) == 250_000
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 300000\n")
+    assert host_memory.free() == 900_000, "cache gives way"
+    (tmp_path / "memory.current").write_text("1400000\n")
+    assert host_memory.free() == 0
+    for file in tmp_path.glob("memory.*"):
+        file.unlink()
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("800000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("500000\n")
+    (tmp_path / "memory" / "memory.stat").write_text("total_inactive_file 200000\n")
+    assert host_memory.free() == 500_000 and host_memory.total() == 800_000
 
 
 def test_free_memory_is_a_part_of_the_whole() -> None:
