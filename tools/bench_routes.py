@@ -57,14 +57,14 @@ def _runnable(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[s
 def with_orders(
     table: Mapping[str, Any], major: int, rows: list[dict[str, Any]], source: str
 ) -> dict[str, Any]:  # fmt: skip
-    """The table with the measured orders in place of those of this capability; kernels not measured stay behind."""
-    entries = list(table["orders"])
+    """The table with the orders measured for this capability; a kernel that was not measured keeps its place."""
+    entries, known = list(table["orders"]), routes.orders(table)
     for kind in dict.fromkeys(row["dtype"] for row in rows):
         own = [row for row in rows if row["dtype"] == kind]
-        order = [row["kernel"] for row in sorted(own, key=lambda row: -row["both TFLOP/s"])]
-        known = routes.orders(table)
-        order += [name for name in known.get((major, kind)) or known.get((None, kind), []) if name not in order]
-        order = [*(name for name in order if name != "math"), "math"]
+        measured = iter(row["kernel"] for row in sorted(own, key=lambda row: -row["both TFLOP/s"]))
+        names = {row["kernel"] for row in own}
+        before = known.get((major, kind)) or known.get((None, kind)) or []
+        order = [next(measured) if name in names else name for name in [*before, *(names - set(before))]]
         numbers = ", ".join(f"{row['kernel']} {row['both TFLOP/s']:.0f}" for row in own)
         entry = {"major": major, "kind": kind, "order": order, "source": f"TFLOP/s, {numbers}; {source}"}
         entries = [entry, *(e for e in entries if (e["major"], e["kind"]) != (major, kind))]

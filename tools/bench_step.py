@@ -3,8 +3,9 @@
     .venv/bin/python tools/bench_step.py [RECIPE] [key.path=value ...] [--steps 30]
 
 By default one layer of the paper's width on 16,384 tokens. The recipe runs as `longnet fit` runs it, logging,
-callbacks and data included. After each of its steps a bare loop (a copy of the network, the same batch, loss, backward,
-optimizer) takes one too, so that both meet the same machine; the first five of each do not count. Then a step of the
+callbacks and data included, one batch a step. After each of its steps a bare loop (a copy of the network, the same
+batch, precision, loss, backward, optimizer) takes one too, so that both meet the same machine; the first five of each
+do not count. Then a step of the
 bare loop is profiled: each part's share of the time, and of the FLOPs beside it (10 D per pair and head in attention's
 backward, two products for each of the forward's elsewhere).
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -70,19 +70,22 @@ class BareLoop(Callback):
         options = [{**group, "params": [theirs[p] for p in group["params"]]} for group in groups]
         self.optimizer = type(optimizer)(options)
         self.clip = trainer.gradient_clip_val
+        self.precision = trainer.precision_plugin.forward_context
 
     def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        began = time.perf_counter()
+        began = measure.now(batch["tokens"].device)
         if self._left:
             self.trainers.append(began - self._left)
         self.batch = {name: x.clone() for name, x in batch.items()}
         self.own.append(measure.seconds(self.step, self.batch["tokens"].device))
-        self._left = time.perf_counter()
+        self._left = measure.now(batch["tokens"].device)
 
     def step(self) -> None:
         tokens, targets = self.batch["tokens"], self.batch["targets"]
-        hidden: Tensor = self.model.hidden(tokens)
-        token_losses(hidden, self.model.embedding.weight, targets, self.model.loss_chunk).mean().backward()
+        with self.precision():
+            hidden: Tensor = self.model.hidden(tokens)
+            loss = token_losses(hidden, self.model.embedding.weight, targets, self.model.loss_chunk).mean()
+        loss.backward()
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
@@ -130,6 +133,8 @@ def main() -> None:
     path = given.recipe[0] if given.recipe and "=" not in given.recipe[0] else "quickstart"
     overrides = [item for item in given.recipe if "=" in item] or DEFAULT
     r = recipe.load(path, [*overrides, f"trainer.max_steps={given.steps}"])
+    if r.trainer.get("accumulate_grad_batches", 1) > 1:
+        parser.error("trainer.accumulate_grad_batches: the loops are compared step by step, one batch each")
     loop = train(r)
     device = loop.batch["tokens"].device
     own, trainers = loop.own[SKIPPED + 1 :], loop.trainers[SKIPPED:]

@@ -52,11 +52,19 @@ def options(made: argparse.ArgumentParser) -> argparse.Namespace:
 
 def machine(device: torch.device) -> str:
     """The machine in a line."""
-    cpu = platform.processor() or platform.machine()
-    where = f"{os.cpu_count()} cores of a {cpu} CPU, {torch.get_num_threads()} threads"
+    where = f"{os.cpu_count()} cores of {_cpu()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)}, {where}"
     return f"{where}, torch {torch.__version__}, {date.today().isoformat()}"
+
+
+def _cpu() -> str:
+    """What the CPU calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def draw(*shape: int, device: torch.device, dtype: torch.dtype, count: int = 3) -> list[Tensor]:
@@ -77,11 +85,15 @@ def in_turns(cases: Mapping[Any, Callable[[], object]], rounds: int, device: tor
 
 def seconds(case: Callable[[], object], device: torch.device) -> float:
     """How long one call takes."""
-    _wait(device)
-    began = time.perf_counter()
+    began = now(device)
     case()
+    return now(device) - began
+
+
+def now(device: torch.device) -> float:
+    """The time once the device has done what it was given."""
     _wait(device)
-    return time.perf_counter() - began
+    return time.perf_counter()
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:

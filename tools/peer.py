@@ -30,7 +30,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, branches: Sequence[tuple[int, int]],
         outs.append(_Scatter.apply(out, q.shape, w, r))
         lses.append(_scatter(lse.unsqueeze(-1), -torch.inf, (*q.shape[:3], 1), w, r))
     shares = torch.stack(lses).softmax(0).to(q.dtype)
-    return sum(share * out for share, out in zip(shares, outs, strict=True))  # type: ignore[return-value]
+    mixed = shares[0] * outs[0]
+    for share, out in zip(shares[1:], outs[1:], strict=True):
+        mixed = torch.addcmul(mixed, share, out)
+    return mixed
 
 
 class _Gather(torch.autograd.Function):

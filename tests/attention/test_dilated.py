@@ -166,6 +166,7 @@ def test_the_math_route_and_chunked_launches_serve_the_backend(monkeypatch: pyte
         (torch.float16, 64, (10, 0), "flash"),
         (torch.float16, 264, (8, 0), "efficient"),
         (torch.float16, 64, (7, 5), "efficient"),
+        (torch.bfloat16, 64, (7, 5), "math"),
         (torch.float32, 64, (9, 0), "efficient"),
         (torch.float32, 30, (9, 0), "math"),
         (torch.bfloat16, 20, (9, 0), "math"),

@@ -22,7 +22,7 @@ CHECKPOINTING = ["none", "blocks", "blocks_on_cpu"]
 
 
 class Seen(TorchDispatchMode):
-    """Notes the most elements of any tensor whose last dimension is `width`, and how many such tensors were made."""
+    """Notes how many rows the largest tensor whose last dimension is `width` had."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

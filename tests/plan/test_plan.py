@@ -169,6 +169,12 @@ def test_nothing_is_allocated_and_no_number_is_drawn() -> None:
     assert made.step.parameters > 1e8 and made.fits
 
 
+def test_a_million_tokens_fit_a_small_machine() -> None:
+    made = plan.plan("long/million")
+    assert made.recipe.data.seq_len == 2**20 and made.recipe.data.batch_size == 1
+    assert made.peak < 10e9
+
+
 def test_a_plan_that_does_not_fit_says_what_does(capsys: pytest.CaptureFixture[str]) -> None:
     """And what it says can be typed."""
     lengths = ["data.seq_len=16777216", "data.eval_contexts=[]", "strategy.sequence_parallel_size=8"]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchmetrics.text import Perplexity
 
 from longnet_kit import tasks
-from longnet_kit.tasks import LanguageModeling
+from longnet_kit.tasks import LanguageModeling, language_modeling
 from tests.tasks.tiny import BATCH, BYTES_PER_TOKEN, SEQ_LEN, Data, Windows, logged, network, options, task, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:Checkpoint directory")
@@ -315,3 +315,18 @@ def test_the_task_is_registered() -> None:
     assert tasks.registry.get("language_modeling") is LanguageModeling
     assert "language_modeling" in tasks.names()
     assert issubclass(LanguageModeling, LightningModule)
+
+
+def test_the_loss_is_chunked_as_the_model_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int | None] = []
+    real = language_modeling.token_losses
+
+    def noted(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int | None) -> torch.Tensor:
+        given.append(chunk)
+        return real(hidden, weight, targets, chunk)
+
+    monkeypatch.setattr(language_modeling, "token_losses", noted)
+    ours = task(1)
+    ours.model.loss_chunk = 5
+    trainer(tmp_path, max_steps=1).fit(ours, datamodule=Data())
+    assert given and set(given) == {5}
