@@ -23,10 +23,9 @@ def serve(directory: Path, host: str = "localhost", port: int | None = None) -> 
         ValueError: there is no such directory, or the port cannot be had.
     """
     address, found = start(directory, host, port)
-    print(
-        f"TensorBoard on {directory}, {found} run{'' if found == 1 else 's'}: {address}  (Ctrl-C ends it)", flush=True
-    )
+    runs_found = f"{found} run{'' if found == 1 else 's'}"
     try:
+        print(f"TensorBoard on {directory}, {runs_found}: {address}  (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         print()

@@ -104,16 +104,15 @@ def fit(
     except callbacks.NonFiniteError as error:
         newest = (runs.checkpoints(directory) or ["nothing: it was the first"])[-1]
         raise callbacks.NonFiniteError(f"{error}. What was trained before it is {newest}") from error
-    except ValueError:
-        if trainer.is_global_zero and place.is_new and trainer.global_step <= first_step:
+    except Exception as error:
+        if out_of_memory.is_out_of_memory(error):
+            if trainer.world_size > 1:
+                raise ValueError("memory ran out, see above") from error
+            raise ValueError(out_of_memory.advice(r, error, trainer.global_step + 1)) from error
+        refused = isinstance(error, ValueError) and place.is_new and trainer.global_step <= first_step
+        if refused and trainer.is_global_zero:
             runs.discard(directory)
         raise
-    except Exception as error:
-        if not out_of_memory.is_out_of_memory(error):
-            raise
-        if trainer.world_size > 1:
-            raise ValueError("memory ran out, see above") from error
-        raise ValueError(out_of_memory.advice(r, error, trainer.global_step + 1)) from error
     finally:
         if trainer.is_global_zero and directory.is_dir():
             try:

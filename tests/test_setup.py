@@ -71,6 +71,7 @@ class Clone:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup would have it ignored
         )
 
     def run(self, *arguments: str, launcher: Path | None = None, **extra: str) -> tuple[int, str, str]:

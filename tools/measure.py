@@ -148,7 +148,7 @@ def show(rows: Iterable[Mapping[str, Any]], header: bool = True) -> None:
 
 
 def draw_lines(series: Mapping[str, tuple[Sequence[float], Mapping[str, Sequence[float]]]], path: Path, x: str) -> None:
-    """A panel for each quantity, a line for each series, both axes logarithmic."""
+    """A panel for each quantity, a line for each series; logarithmic where values differ much."""
     from matplotlib.figure import Figure
 
     quantities = list(dict.fromkeys(name for _, values in series.values() for name in values))
@@ -157,8 +157,13 @@ def draw_lines(series: Mapping[str, tuple[Sequence[float], Mapping[str, Sequence
         for name, (places, values) in series.items():
             if quantity in values:
                 axes.plot(places, values[quantity], marker="o", markersize=3, label=name)
-        axes.set(xscale="log", yscale="log", xlabel=x, ylabel=quantity)
+        axes.set(xlabel=x, ylabel=quantity)
         axes.set_xscale("log", base=2)
+        drawn = [y for _, values in series.values() for y in values.get(quantity, ())]
+        if max(drawn) > 5 * min(drawn):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)

@@ -15,6 +15,10 @@ from longnet_kit.attention.backend import AttentionBackend
 from longnet_kit.attention.maps import weigh
 
 
+class NotEnoughMemory(MemoryError, ValueError):
+    """The score matrix does not fit into the memory that is free."""
+
+
 @register("naive")
 class Naive(AttentionBackend):
     """softmax(q k^T / sqrt(D) + log m) v, with m the pattern's multiplicity. Memory grows with N squared.
@@ -23,7 +27,8 @@ class Naive(AttentionBackend):
         pattern: `{kind: dense}` (the default), `{kind: dilated, ...}` or `{kind: block_sparse, ...}`.
 
     Raises:
-        ValueError: the pattern is unknown or its arguments do not fit.
+        ValueError: the pattern is unknown or its arguments do not fit; in a call, the score matrix is larger than the
+            memory that is free.
     """
 
     head_dependent = True
@@ -65,7 +70,7 @@ class Naive(AttentionBackend):
         return torch.einsum("bhpk,bkhd->bphd", weigh(q, k, m, real).to(v.dtype), v)
 
     def _check_memory(self, q: Tensor, total_heads: int) -> None:
-        """Raise ValueError where the score matrix does not fit, rather than have the system end the process."""
+        """Raise where the score matrix does not fit, rather than have the system end the process."""
         batch, seq_len, heads, _ = q.shape
         needed = self.memory(batch, seq_len, heads, q.dtype, total_heads)
         if q.device.type == "cuda":
@@ -75,8 +80,8 @@ class Naive(AttentionBackend):
             free = host_memory.free()
         if needed > free:
             longest = int(seq_len * math.sqrt(free / needed))
-            raise ValueError(
-                f"the naive backend would hold {needed / 1e6:,.0f} MB of scores for {batch} x {seq_len:,} tokens and "
-                f"{heads} heads, and {free / 1e6:,.0f} MB of memory are free on {q.device}; use the backend dilated or "
-                f"sdpa, whose memory grows with the length alone, or at most {longest:,} tokens"
+            raise NotEnoughMemory(
+                f"unable to allocate {needed / 2**20:.0f} MiB, the scores of the naive backend for {batch} x "
+                f"{seq_len:,} tokens and {heads} heads: {free / 2**20:.0f} MiB of memory are free on {q.device}; use "
+                f"the backend dilated or sdpa, whose memory grows with the length alone, or at most {longest:,} tokens"
             )

@@ -34,7 +34,9 @@ def test_what_does_not_fit_is_refused_with_what_it_takes_and_what_does(monkeypat
     monkeypatch.setattr(host_memory, "free", lambda: float(needed))
     assert backend(q, q, q).shape == q.shape
     monkeypatch.setattr(host_memory, "free", lambda: needed - 1.0)
-    with pytest.raises(ValueError, match="would hold 3 MB of scores for 1 x 300 tokens.* dilated") as told:
+    with pytest.raises(
+        ValueError, match="unable to allocate 3 MiB, the scores .* for 1 x 300 tokens.* dilated"
+    ) as told:
         backend(q, q, q)
     longest = re.search(r"at most ([\d,]+) tokens", str(told.value))
     assert longest and int(longest[1]) == 299
@@ -47,7 +49,9 @@ def test_a_run_that_cannot_fit_ends_with_the_estimate(
     overrides = ["model.attention.backend=naive", "data.seq_len=200000", "data.batch_size=1", "data.eval_contexts=[]"]
     assert cli.main(["fit", "quickstart", "model.layers=1", *overrides, "trainer.max_steps=1"]) == 2
     told = capsys.readouterr().err
-    assert "MB of scores for 1 x 200,000 tokens and 4 heads" in told and "Traceback" not in told
+    needed = attention.build({"backend": "naive"}).memory(1, 200_000, 4, torch.float32)
+    assert f"out of memory in step 1 of 1: {needed / 1e12:.4g} TB more could not be had on the CPU" in told
+    assert "what needs less:" in told and "Traceback" not in told
 
 
 def test_free_memory_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
