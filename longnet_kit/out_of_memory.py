@@ -54,6 +54,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _TEXTS.search(str(error)) is not None
 
 
+def ffn_chunk_is_worth_it(r: Recipe) -> bool:
+    """Whether more tokens than `FFN_CHUNK` go through the feed-forward layers at once."""
+    return r.model.ffn_chunk is None and r.data.seq_len * r.data.batch_size > FFN_CHUNK
+
+
 def advice(r: Recipe, error: BaseException, step: int) -> str:
     """What to tell the user of a run that ran out of memory. Raises nothing: what cannot be planned is left out.
 
@@ -135,7 +140,7 @@ def _changes(r: Recipe, on_gpu: bool) -> Iterator[Change]:
         yield Change(("model.activation_checkpointing=blocks",), "each block is computed twice")
     if on_gpu and r.model.activation_checkpointing == "blocks":
         yield Change(("model.activation_checkpointing=blocks_on_cpu",), "each block's input goes to the CPU and back")
-    if r.model.ffn_chunk is None and r.data.seq_len * batch > FFN_CHUNK:
+    if ffn_chunk_is_worth_it(r):
         yield Change((f"model.ffn_chunk={FFN_CHUNK}",), "feed-forward layers are computed once more")
     if r.data.seq_len > 1:
         yield Change((f"data.seq_len={r.data.seq_len // 2}",), "shorter contexts")

@@ -8,7 +8,7 @@ more than that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -39,9 +39,8 @@ class Mixture:
             self.out = q.new_zeros(q.shape, dtype=exact(q))
             self.lse = q.new_full(q.shape[:-1], -torch.inf, dtype=exact(q))
 
-    def attend(self, views: Iterable[View], q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> None:
+    def attend(self, views: tuple[View, ...], q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> None:
         """Mix in a branch: in each view, its queries attend to its keys."""
-        views = tuple(views)
         if not self._written:
             if whole := _one_call(views, q, k, v):
                 q_, k_, v_ = whole
@@ -84,7 +83,7 @@ class Gradients:
 
     def add(
         self,
-        views: Iterable[View],
+        views: tuple[View, ...],
         grad_out: Tensor,
         q: Tensor,
         k: Tensor,
@@ -95,7 +94,7 @@ class Gradients:
         scale: float,
     ) -> None:
         """Add a branch's part, under the `out` and `lse` of the whole mixture."""
-        views, saved = tuple(views), (grad_out, q, k, v, out, lse)
+        saved = grad_out, q, k, v, out, lse
         if not self._written:
             if whole := _one_call(views, *saved):
                 grads = _kernel_gradients(whole, causal, scale)

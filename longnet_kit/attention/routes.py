@@ -32,7 +32,8 @@ def fastest(major: int, dtype: torch.dtype, head_dim: int) -> str:
         dtype: of q, k and v.
         head_dim: D.
     """
-    order = orders(load()).get((major, kind(dtype))) or orders(load()).get((None, kind(dtype)), [])
+    known = orders(load())
+    order = known.get((major, kind(dtype))) or known.get((None, kind(dtype)), [])
     return next((name for name in order if runs(name, major, dtype, head_dim)), "math")
 
 

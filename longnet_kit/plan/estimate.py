@@ -19,7 +19,7 @@ import torch
 from longnet_kit import attention, experiment, placement, typed
 from longnet_kit.attention.patterns import Dilated
 from longnet_kit.model import compute_dtype
-from longnet_kit.out_of_memory import FFN_CHUNK, is_out_of_memory
+from longnet_kit.out_of_memory import FFN_CHUNK, ffn_chunk_is_worth_it, is_out_of_memory
 from longnet_kit.plan import machines, spread, step
 from longnet_kit.plan.machines import Machine
 from longnet_kit.plan.spread import Spread
@@ -273,11 +273,7 @@ def _changes(path: str | Path, overrides: Sequence[str], made: Plan) -> list[tup
 
     if r.model.activation_checkpointing == "none" and tried(model__activation_checkpointing="blocks"):
         return found
-    if (
-        r.model.ffn_chunk is None
-        and r.data.seq_len * r.data.batch_size > FFN_CHUNK
-        and tried(model__ffn_chunk=str(FFN_CHUNK))
-    ):
+    if ffn_chunk_is_worth_it(r) and tried(model__ffn_chunk=str(FFN_CHUNK)):
         return found
     if r.data.batch_size > 1 and tried(data__batch_size="1"):
         return found
