@@ -179,6 +179,17 @@ def _board(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _stream(arguments: argparse.Namespace) -> int:
+    from longnet_kit.inference import stream
+
+    result = stream.stream(
+        arguments.run, arguments.files, tokens=arguments.tokens, repeat=arguments.repeat, extend=arguments.extend,
+        chunk=arguments.chunk, errors=arguments.errors, max_cached=arguments.max_cached, output=arguments.output,
+        device=arguments.device,
+    )  # fmt: skip
+    return 128 + result.signum if result.signum else DONE
+
+
 def _check_backend(arguments: argparse.Namespace) -> int:
     from longnet_kit import recipe
 
@@ -191,6 +202,7 @@ def _check_backend(arguments: argparse.Namespace) -> int:
 _CALLS: dict[str, Callable[[argparse.Namespace], int]] = {
     "fit": _fit, "validate": _evaluate, "test": _evaluate, "export": _export, "list": _list, "show": _show,
     "plan": _plan, "pattern": _pattern, "sweep": _sweep, "compare": _compare, "board": _board,
+    "stream": _stream,
     "check-backend": _check_backend,
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from longnet_kit import typed
 
 VERBS = (
     "fit", "validate", "test", "export", "list", "show", "plan", "pattern", "sweep", "compare", "board",
-    "check-backend",
+    "stream", "check-backend",
 )  # fmt: skip
 
 
@@ -91,9 +91,37 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     board.add_argument("directory", metavar="DIRECTORY", nargs="?", type=Path, default=Path("runs"), help="of runs")
     board.add_argument("--port", type=int, default=None, help="by default the first free one from 6006; 0 for any")
     board.add_argument("--host", default="localhost", help="the address to listen on; 0.0.0.0 for all of the machine's")
+    trained = ("run", "a run directory, runs/<name>, a recipe whose run is there, or an exported file")
+    read = ("files", "FILE", "files or patterns: text, code or JSON lines")
+    _add_stream(verb("stream", "read text of any size as one sequence, and measure it", trained, read))
     backend = ("name", "a registered attention backend")
     verb("check-backend", "hold an attention backend to the definition", backend, options)
     return parser, made
+
+
+def _add_stream(stream: argparse.ArgumentParser) -> None:
+    stream.add_argument("--tokens", type=_count, metavar="N", help="where to end; by default where the files do")
+    stream.add_argument("--repeat", action="store_true", help="read the files again where they end before that")
+    stream.add_argument(
+        "--extend", action="store_true", help="add branches by doubling the longest, until a token sees all before it"
+    )
+    stream.add_argument("--chunk", type=_count, metavar="N", default=16_384, help="tokens at a time; 16,384")
+    stream.add_argument("--errors", choices=("strict", "replace", "skip"), default="strict", help="text not in UTF-8")
+    stream.add_argument("--output", type=Path, metavar="DIRECTORY", help="of results and state; by default in the run")
+    _add_device(stream)
+
+
+def _add_device(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--max-cached", type=_count, metavar="N", help="limit of a cache that keeps every token; 65,536")
+    verb.add_argument("--device", choices=("cpu", "cuda"), help="by default the recipe's accelerator, if it is there")
+
+
+def _count(text: str) -> int:
+    """A whole number from 1, as 1000000, 1_000_000 or 1,000,000."""
+    digits = text.replace("_", "").replace(",", "")
+    if not (digits.isascii() and digits.isdigit() and int(digits)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(digits)
 
 
 def _add_comparison(compare: argparse.ArgumentParser) -> None:

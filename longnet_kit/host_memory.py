@@ -8,6 +8,7 @@ from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
+_STATUS = Path("/proc/self/status")
 _GROUPS = Path("/sys/fs/cgroup")
 _FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -29,6 +30,14 @@ def free() -> float:
         there = _physical()
     limits = [_number(names[0]) - _in_use(*names[1:]) for names in _FILES]
     return max(0.0, min(there, *limits, _limit() - _addressed()))
+
+
+def anonymous() -> int | None:
+    """Bytes that this process holds in memory beside what it has mapped of files; None where unknown."""
+    try:
+        return int(_field(_STATUS, "RssAnon:")) * 1024
+    except (OSError, LookupError):
+        return None
 
 
 def _physical() -> float:

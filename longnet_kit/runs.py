@@ -135,13 +135,18 @@ def write_summary(run: Path, status: str, scalars: Mapping[str, float]) -> None:
 
 
 def metrics_until(run: Path, step: int) -> list[dict[str, str]]:
-    """The rows of metrics.csv up to and including an optimizer step, without their empty cells.
+    """The rows of metrics.csv up to and including an optimizer step."""
+    return rows_until(run / METRICS, step)
+
+
+def rows_until(path: Path, step: int) -> list[dict[str, str]]:
+    """The rows of a table up to and including a step, without their empty cells; none where it is not there.
 
     A last line that a kill has cut off is left out.
     """
-    if not (run / METRICS).is_file():
+    if not path.is_file():
         return []
-    text = (run / METRICS).read_bytes().decode(errors="replace")
+    text = path.read_bytes().decode(errors="replace")
     whole = text[: text.rfind("\n") + 1]
     rows = [{tag: value for tag, value in row.items() if tag and value} for row in csv.DictReader(whole.splitlines())]
     return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) <= step]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from longnet_kit.attention.backend import AttentionBackend, Support
+from longnet_kit.attention.cache import Cache, KeyValueCache
 from longnet_kit.registry import Registry
 
 registry: Registry[AttentionBackend] = Registry("attention backend", "backend", group="longnet_kit.attention")
@@ -27,4 +28,6 @@ def build(config: Mapping[str, Any]) -> AttentionBackend:
 
 from longnet_kit.attention import block_sparse, dilated, naive, padding, sdpa  # noqa: E402, F401  (each registers itself)
 
-__all__ = ["AttentionBackend", "Support", "build", "names", "padding", "register", "registry"]
+__all__ = [
+    "AttentionBackend", "Cache", "KeyValueCache", "Support", "build", "names", "padding", "register", "registry",
+]  # fmt: skip

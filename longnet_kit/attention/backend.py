@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longnet_kit.attention import maps
+from longnet_kit.attention.cache import Cache
 from longnet_kit.attention.inputs import all_heads, check_inputs, nearest_divisor
 from longnet_kit.attention.patterns import Dilated, Pattern
 from longnet_kit.attention.sharding import SequenceShard, to_heads, to_sequence, whole_sequence
@@ -93,11 +94,13 @@ class AttentionBackend(nn.Module):
         *,
         first_head: int = 0,
         total_heads: int | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """Check the inputs, then run `forward`, or `forward_sharded` where the inputs are shards of longer sequences.
+        """Check the inputs, then run `forward`; `forward_sharded` where they are shards, `forward_cached` with a cache.
 
         Args:
             first_head, total_heads: where these heads stand among all heads of the layer, when only some are given.
+            cache: the past of the streams whose next tokens these are, from `new_cache`; it moves on. No gradient.
 
         Raises:
             ValueError: inputs that are malformed, or that this backend cannot run.
@@ -111,6 +114,10 @@ class AttentionBackend(nn.Module):
         heads = {}
         if self.head_dependent:
             heads = {"first_head": first_head, "total_heads": all_heads(q.shape[2], first_head, total_heads)}
+        if cache is not None:
+            self._check_cached(q, causal, key_padding_mask, heads, cache)
+            with torch.no_grad():
+                return self.forward_cached(q, k, v, cache)
         shard = None if self.shard is None or self.shard.size == 1 else self.shard
         if shard is not None:
             support = self.supports_shards(seq_len=q.shape[1] * shard.size, shards=shard.size, heads=q.shape[2])
@@ -280,18 +287,46 @@ class AttentionBackend(nn.Module):
             return None
         return 4 * head_dim * self.pattern.pairs(seq_len, heads, causal)
 
-    def new_cache(self, batch_size: int, heads: int, head_dim: int, **factory: Any) -> Any:
-        """A cache of past keys and values for `forward_cached`; a backend without one raises."""
-        raise NotImplementedError(self._no_cache())
+    def new_cache(self, batch_size: int, heads: int, head_dim: int, **factory: Any) -> Cache:
+        """A cache for `forward_cached`, empty; a backend without one raises a ValueError.
+
+        Args:
+            batch_size: streams that advance together.
+            factory: `dtype` and `device` of the keys; `max_tokens`, the limit of a cache that grows.
+        """
+        raise ValueError(self._no_cache())
 
     def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
-        """Attend from the next tokens of a stream to themselves and to the cached past; causal."""
-        raise NotImplementedError(self._no_cache())
+        """Attend from the next tokens of streams to themselves and to the past, causally, and note them in the cache.
+
+        What it gives for chunks of any size is what `forward` gives for the whole. It runs without autograd.
+
+        Args:
+            q, k, v: (B, n, H, D), checked against the cache.
+            cache: from `new_cache`.
+
+        Returns:
+            (B, n, H, D).
+        """
+        raise ValueError(self._no_cache())
+
+    def _check_cached(
+        self, q: Tensor, causal: bool, key_padding_mask: Tensor | None, heads: dict[str, int], cache: Cache
+    ) -> None:
+        if not causal:
+            raise ValueError("a cache holds the past alone, so attention with one is causal; give whole sequences")
+        if key_padding_mask is not None:
+            raise ValueError("with a cache there is no padding: all rows advance together; leave key_padding_mask out")
+        if heads and (heads["first_head"], heads["total_heads"]) != (0, q.shape[2]):
+            raise ValueError(f"a cache is for all heads of a layer, and {q.shape[2]} of {heads['total_heads']} came")
+        if self.shard is not None and self.shard.size > 1:
+            raise ValueError("streams are not divided among ranks; run them on a model of one rank")
+        cache.check(q)
 
     def _no_cache(self) -> str:
         return (
-            f"the attention backend {type(self).__name__} has no cache, so it can neither stream nor generate token by "
-            "token; write its new_cache and forward_cached, or run whole sequences"
+            f"the attention backend {type(self).__name__} has no cache, so it can neither stream nor generate; write "
+            "its new_cache and forward_cached (attention.KeyValueCache keeps every key), or run whole sequences"
         )
 
 

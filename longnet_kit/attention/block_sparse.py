@@ -6,13 +6,14 @@ anywhere. Both give the same softmax. xformers is imported when the backend is f
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longnet_kit.attention import block_sparse_fmha, block_sparse_tensor, patterns, register
+from longnet_kit.attention import block_sparse_cached, block_sparse_fmha, block_sparse_tensor, patterns, register
 from longnet_kit.attention.backend import AttentionBackend, Support
+from longnet_kit.attention.cache import KeyValueCache
 from longnet_kit.attention.patterns import Count
 from longnet_kit.typed import Range
 
@@ -75,6 +76,14 @@ class BlockSparseAttention(AttentionBackend):
         if kernel is None:
             return block_sparse_tensor.attend(q, k, v, self._pattern, causal, key_padding_mask)
         return block_sparse_fmha.attend(q, k, v, self._pattern, causal, key_padding_mask, kernel)
+
+    def new_cache(self, batch_size: int, heads: int, head_dim: int, **factory: Any) -> KeyValueCache:
+        """A cache of every key, up to `max_tokens`."""
+        return KeyValueCache(batch_size, heads, head_dim, **factory)
+
+    def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache) -> Tensor:
+        """See `AttentionBackend.forward_cached`; visible blocks are gathered for torch's kernels."""
+        return block_sparse_cached.attend(q, k, v, self._pattern, cache)
 
     def route(self, device: torch.device | str, dtype: torch.dtype, head_dim: int = 64) -> Route:
         """Which implementation runs inputs of this kind (under autocast: of the autocast dtype), padded or not."""

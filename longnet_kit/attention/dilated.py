@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from longnet_kit.attention import dilated_sharded, padding, patterns, register
+from longnet_kit.attention import dilated_cached, dilated_sharded, padding, patterns, register
 from longnet_kit.attention.backend import AttentionBackend, Support
+from longnet_kit.attention.dilated_cached import DilatedCache
 from longnet_kit.attention.mixture import Gradients, Mixture, exact, unit_stride
 from longnet_kit.attention.patterns import Count, HeadOffsets
 from longnet_kit.attention.sharding import SequenceShard
@@ -98,6 +99,16 @@ class DilatedAttention(AttentionBackend):
             mixture.attend(branch_views(tokens, w, r, rule, first_head, heads, total_heads), q, k, k, causal, scale)
             found.append(mixture.lse)
         return torch.stack(found)
+
+    def new_cache(
+        self, batch_size: int, heads: int, head_dim: int, *, max_tokens: int | None = None, **factory: Any
+    ) -> DilatedCache:
+        """A cache of fixed size: ceil(w / r) entries for each branch and head. It has no limit of tokens."""
+        return DilatedCache(batch_size, heads, head_dim, branches=self._pattern.branches, **factory)
+
+    def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: DilatedCache) -> Tensor:
+        """See `AttentionBackend.forward_cached`."""
+        return dilated_cached.attend(q, k, v, cache, self._pattern.head_offsets, q.shape[-1] ** -0.5)
 
     def supports_shards(self, *, seq_len: int, shards: int, heads: int) -> Support:
         """Any number of heads; a segment must tile a shard or span whole shards."""

@@ -52,7 +52,7 @@ def attention_map(
     q, k = _widened(q, k, key_padding_mask)
     batch, seq_len, heads, _ = q.shape
     weights = q.new_empty(batch, heads, len(queries), seq_len)
-    for chunk in _chunks(q, total_heads, len(queries)):
+    for chunk in chunks(k, total_heads, len(queries)):
         chosen = queries[chunk]
         m = pattern.rows(chosen.cpu(), seq_len, total_heads, causal)[first_head : first_head + heads].to(q.device)
         weights[:, :, chunk] = weigh(q[:, chosen], k, m, _both_real(key_padding_mask, chosen))
@@ -73,7 +73,7 @@ def branch_lse(
     q, k = _widened(q, k, key_padding_mask)
     batch, seq_len, heads, _ = q.shape
     lse = q.new_empty(len(pattern.branches), batch, len(queries), heads)
-    for chunk in _chunks(q, total_heads, len(queries)):
+    for chunk in chunks(k, total_heads, len(queries)):
         chosen = queries[chunk]
         scores, real = _scores(q[:, chosen], k), _both_real(key_padding_mask, chosen)
         for branch, found in zip(pattern.branches, lse, strict=True):
@@ -82,6 +82,13 @@ def branch_lse(
             seen = seen if real is None else seen & real[:, None]
             found[:, chunk] = scores.masked_fill(~seen, float("-inf")).logsumexp(-1).transpose(1, 2)
     return lse
+
+
+def chunks(k: Tensor, total_heads: int, queries: int) -> Iterator[slice]:
+    """Slices of so many queries with about `MAX_SCORES` scores each, for keys (B, N, H, D)."""
+    batch, seq_len, heads, _ = k.shape
+    step = max(1, MAX_SCORES // (max(batch * heads, total_heads) * seq_len))
+    return (slice(start, start + step) for start in range(0, queries, step))
 
 
 def shares(lse: Tensor) -> Tensor:
@@ -137,10 +144,3 @@ def _both_real(key_padding_mask: Tensor | None, queries: Tensor) -> Tensor | Non
     if key_padding_mask is None:
         return None
     return key_padding_mask[:, queries, None] & key_padding_mask[:, None, :]
-
-
-def _chunks(q: Tensor, total_heads: int, queries: int) -> Iterator[slice]:
-    """Slices of the chosen queries with about `MAX_SCORES` scores each."""
-    batch, seq_len, heads, _ = q.shape
-    step = max(1, MAX_SCORES // (max(batch * heads, total_heads) * seq_len))
-    return (slice(start, start + step) for start in range(0, queries, step))

@@ -137,6 +137,25 @@ def merge(out: Tensor, lse: Tensor, branch_out: Tensor, branch_lse: Tensor) -> N
     lse.copy_(torch.logaddexp(lse, branch_lse))
 
 
+def causal_after(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, scale: float) -> Tensor:
+    """Causal attention of the next tokens of a stream to each other, and to all of a past that may be empty.
+
+    Kernels align causal queries with the first keys, and here they stand at the last; so there are two calls.
+
+    Args:
+        q, k, v: (B, H, n, D).
+        past_k, past_v: (B, H, m, D).
+
+    Returns:
+        (B, H, n, D), of q's dtype.
+    """
+    out, lse = flash.forward(q, k, v, True, scale)
+    if past_k.shape[2]:
+        out = out.to(lse.dtype)
+        merge(out, lse, *flash.forward(q, past_k, past_v, False, scale))
+    return out.to(q.dtype)
+
+
 def exact(q: Tensor) -> torch.dtype:
     """The dtype in which branches are added up: at least float32."""
     return torch.promote_types(q.dtype, torch.float32)

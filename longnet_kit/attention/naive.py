@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from longnet_kit import host_memory
-from longnet_kit.attention import patterns, register
+from longnet_kit.attention import maps, patterns, register
 from longnet_kit.attention.backend import AttentionBackend
-from longnet_kit.attention.maps import weigh
+from longnet_kit.attention.cache import KeyValueCache
 
 
 class NotEnoughMemory(MemoryError, ValueError):
@@ -67,7 +67,21 @@ class Naive(AttentionBackend):
             # NaN times zero is NaN, so padding must be gone from the products, not only from the weights.
             q, k, v = (x.masked_fill(~key_padding_mask[:, :, None, None], 0) for x in (q, k, v))
             real = key_padding_mask[:, :, None] & key_padding_mask[:, None, :]
-        return torch.einsum("bhpk,bkhd->bphd", weigh(q, k, m, real).to(v.dtype), v)
+        return torch.einsum("bhpk,bkhd->bphd", maps.weigh(q, k, m, real).to(v.dtype), v)
+
+    def new_cache(self, batch_size: int, heads: int, head_dim: int, **factory: Any) -> KeyValueCache:
+        """A cache of every key, up to `max_tokens`."""
+        return KeyValueCache(batch_size, heads, head_dim, **factory)
+
+    def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache) -> Tensor:
+        """See `AttentionBackend.forward_cached`."""
+        queries = torch.arange(cache.position, cache.position + q.shape[1])
+        keys, values = cache.append(k, v)
+        out = torch.empty_like(q)
+        for chunk in maps.chunks(keys, q.shape[2], len(queries)):
+            m = self._pattern.rows(queries[chunk], cache.position, q.shape[2], causal=True).to(q.device)
+            out[:, chunk] = torch.einsum("bhpk,bkhd->bphd", maps.weigh(q[:, chunk], keys, m).to(v.dtype), values)
+        return out
 
     def _check_memory(self, q: Tensor, total_heads: int) -> None:
         """Raise where the score matrix does not fit, rather than have the system end the process."""

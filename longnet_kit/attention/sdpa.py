@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from longnet_kit.attention import padding, patterns, register
 from longnet_kit.attention.backend import AttentionBackend
+from longnet_kit.attention.cache import KeyValueCache
+from longnet_kit.attention.mixture import causal_after, unit_stride
 
 
 @register("sdpa")
@@ -25,6 +29,17 @@ class SDPA(AttentionBackend):
             return _dense(q, k, v, causal, scale)
         # A mask argument would rule the flash kernels out, or hold N x N of it when causal.
         return padding.reveal(_dense(*padding.hide(q, k, v, key_padding_mask), causal, scale), key_padding_mask)
+
+    def new_cache(self, batch_size: int, heads: int, head_dim: int, **factory: Any) -> KeyValueCache:
+        """A cache of every key, up to `max_tokens`."""
+        return KeyValueCache(batch_size, heads, head_dim, **factory)
+
+    def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache) -> Tensor:
+        """See `AttentionBackend.forward_cached`."""
+        past = cache.position
+        keys, values = cache.append(k, v)
+        parts = (unit_stride(x).transpose(1, 2) for x in (q, k, v, keys[:, :past], values[:, :past]))
+        return causal_after(*parts, scale=q.shape[-1] ** -0.5).transpose(1, 2)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:

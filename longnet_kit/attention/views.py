@@ -120,8 +120,42 @@ def part_views(
     part: Part, r: int, head_offsets: HeadOffsets, first_head: int, heads: int, total_heads: int
 ) -> tuple[PartView, ...]:
     """Views, into a tensor that holds just one part of a segment, of what a branch of rate r keeps there."""
-    made = _segment_views(0, 1, part.tokens, part, r, head_offsets, first_head, heads, total_heads)
-    return tuple(PartView(*fields) for fields in made)
+    return tuple(_segment_views(0, 1, part.tokens, part, r, head_offsets, first_head, heads, total_heads))
+
+
+class ChunkViews(NamedTuple):
+    """Views into a chunk of a stream that starts and ends anywhere in a branch's segments."""
+
+    opened: tuple[PartView, ...]
+    """Of the segment that began before the chunk."""
+    begun: tuple[View, ...]
+    """Of the segments that begin in the chunk."""
+    last: tuple[PartView, ...]
+    """Of the segment that goes on after the chunk, which is one of those; nothing where one ends with the chunk."""
+
+
+@lru_cache(maxsize=256)  # all layers of a network ask for the same
+def chunk_views(
+    tokens: int, first: int, w: int, r: int, head_offsets: HeadOffsets, first_head: int, heads: int, total_heads: int
+) -> ChunkViews:
+    """Views that together hold every kept (position, head) of branch (w, r) in a chunk exactly once.
+
+    Args:
+        tokens: in the chunk.
+        first: position in its segment of the first of them.
+        head_offsets, first_head, heads, total_heads: as of `branch_views`.
+    """
+    rule = r, head_offsets, first_head, heads, total_heads
+    rest_of_segment = min(tokens, w - first) if first else 0
+    full, tail = divmod(tokens - rest_of_segment, w)
+    opened = last = part_views(Part(rest_of_segment, first, w), *rule) if rest_of_segment else ()
+    begun = _segment_views(rest_of_segment, full, w, Part(w, 0, w), *rule) if full else []
+    if tail:
+        last = tuple(_segment_views(tokens - tail, 1, w, Part(tail, 0, w), *rule))
+        begun = [*begun, *last]
+    elif full or first + rest_of_segment == w:
+        last = ()
+    return ChunkViews(opened, tuple(view for view, *_ in begun), last)
 
 
 def kept_before(length: int, offset: int, r: int) -> int:
@@ -139,7 +173,7 @@ def _segment_views(
     first_head: int,
     heads: int,
     total_heads: int,
-) -> list[tuple[View, int, int]]:
+) -> list[PartView]:
     """Views of the same part of equally long segments, and how many tokens each head keeps before and after it."""
     aligned_key: dict[int, tuple[int, ...]] = {}
     slanted_key: dict[int, tuple[int, ...]] = {}
@@ -160,7 +194,7 @@ def _segment_views(
     aligned, slanted = (_runs(list(starts), key) for key in (aligned_key, slanted_key))
     runs, shift = (aligned, 0) if len(aligned) <= len(slanted) else (slanted, 1)
     return [
-        (
+        PartView(
             View(
                 start=start + starts[run[0]],
                 segments=segments,

@@ -25,9 +25,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from longnet_kit import durable, typed
+from longnet_kit.data.encoding import encode
 from longnet_kit.data.errors import DataError
 from longnet_kit.data.shards import Reader, Writer
-from longnet_kit.data.sources import SPLITS, Document, Source, Split, split_of
+from longnet_kit.data.sources import SPLITS, Source, Split, split_of
 from longnet_kit.data.tokenizers import Tokenizer
 
 FORMAT = 1
@@ -137,41 +138,19 @@ def _tokenize(source: Source, tokenizer: Tokenizer, writers: dict[Split, Writer]
     progress = _Progress(source.label or type(source).__name__)
     eos = np.array([tokenizer.eos])
     unfinished: set[Split] = set()
-    for document in _documents(source, tokenizer.takes_bytes):
+    for document, ids, text_bytes, ends in encode(source, tokenizer):
         split = document.split or split_of(document.name)
         writer = writers[split]
-        raw, content = _text(document, tokenizer.takes_bytes)
-        if raw:
-            ids = tokenizer.encode(content)
-            if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
-                raise DataError(f"{tokenizer.name} gave the id {ids.max()}, beyond its {tokenizer.vocab_size} tokens")
+        if text_bytes:
             writer.append(ids)
-            writer.text_bytes += len(raw)
+            writer.text_bytes += text_bytes
             unfinished.add(split)
-        if document.ends and split in unfinished:
+        if ends and split in unfinished:
             writer.append(eos)
             writer.documents += 1
             unfinished.discard(split)
         progress.show(sum(w.tokens for w in writers.values()))
     progress.close()
-
-
-def _documents(source: Source, as_bytes: bool) -> Iterator[Document]:
-    try:
-        yield from source.documents(as_bytes)
-    except OSError as error:  # told apart from a cache that cannot be written
-        raise DataError(f"the data of {source.label or type(source).__name__} cannot be read: {error}") from error
-
-
-def _text(document: Document, takes_bytes: bool) -> tuple[bytes, str | bytes]:
-    """The document as bytes, for counting them, and as what the tokenizer takes."""
-    try:
-        if isinstance(document.content, str):
-            raw = document.content.encode()
-            return raw, raw if takes_bytes else document.content
-        return document.content, document.content if takes_bytes else document.content.decode()
-    except UnicodeError as error:
-        raise DataError(f"{document.name} is no valid text ({error}); mend it or leave it out") from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Position embeddings that turn queries and keys: RoPE and xPos.
 
-Angles are float64 from integer positions and are cast only once they are cosines and sines, so positions stay exact
-far past 2^24. Nothing is kept in buffers, which a cast of the model to bfloat16 would round. The positions here never
+Angles are counted in 2^-64 of a turn, as integers that wrap around: a position turns by exactly its multiple of what one
+step turns by, however far it is. They are cast only once they are cosines and sines. Nothing is kept in buffers, which a cast of the model to bfloat16 would round. The positions here never
 decide which keys a query sees.
 """
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -56,8 +58,9 @@ class Rope:
 
     def _halves(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (..., N, 1, D/2) float64; the dimension of size 1 is query or key."""
-        theta = BASE ** -(_pairs(self.head_dim, positions.device) / self.head_dim)
-        angles = positions.double()[..., None, None] * theta
+        step = torch.tensor(_steps(self.head_dim), dtype=torch.int64, device=positions.device)
+        turned = positions.long()[..., None, None] * step  # whole turns overflow, and are gone
+        angles = turned.double() * (2 * math.pi / 2**64)
         return angles.cos(), angles.sin()
 
 
@@ -147,6 +150,15 @@ def rotate(qk: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     x = qk.to(cos.dtype)
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # the two halves, which hold the two members of each pair
     return torch.addcmul(x * cos, swapped, sin).to(qk.dtype)
+
+
+_PI = Fraction("3.14159265358979323846264338327950288419716939937511")
+
+
+@lru_cache
+def _steps(head_dim: int) -> tuple[int, ...]:
+    """By how many 2^-64 of a turn each pair of dimensions turns per position: 10000^(-2i/D) radians."""
+    return tuple(round(Fraction(BASE ** -(i / head_dim)) / (2 * _PI) * 2**64) for i in range(0, head_dim, 2))
 
 
 def _pairs(head_dim: int, device: torch.device) -> Tensor:

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from longnet_kit import attention as backends
-from longnet_kit.attention import AttentionBackend
+from longnet_kit.attention import AttentionBackend, Cache
 from longnet_kit.attention.sharding import SequenceShard
 from longnet_kit.model import positions as position_embeddings
+from longnet_kit.model.cache import StreamCache
 from longnet_kit.model.dropout import Dropout
 from longnet_kit.model.positions import Kind, rotate
 
@@ -122,29 +123,43 @@ class Transformer(nn.Module):
             block.reset_parameters(gain)
 
     def forward(
-        self, tokens: Tensor, *, positions: Tensor | None = None, key_padding_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cache: StreamCache | None = None,
     ) -> Tensor:
         """Logits of the next token, (B, N, V); the arguments are those of `hidden`."""
-        hidden = self.hidden(tokens, positions=positions, key_padding_mask=key_padding_mask)
+        hidden = self.hidden(tokens, positions=positions, key_padding_mask=key_padding_mask, cache=cache)
         return F.linear(hidden, self.embedding.weight)
 
     def hidden(
-        self, tokens: Tensor, *, positions: Tensor | None = None, key_padding_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cache: StreamCache | None = None,
     ) -> Tensor:
         """The states before the head.
 
         Args:
             tokens: (B, N) integers below V.
-            positions: (N,) or (B, N) integers for the position embedding, by default 0 to N - 1, or a shard's place in
-                its sequence. They never decide which keys a query sees.
+            positions: (N,) or (B, N) integers for the position embedding, by default 0 to N - 1, a shard's place in its
+                sequence, or what comes after the cache's past. They never decide which keys a query sees.
             key_padding_mask: (B, N) bool, True where the token is real; pad on the right.
+            cache: the past of B streams whose next tokens these are, from `new_cache`; it moves on. Chunks of any size
+                give what the whole sequence gives. It runs without autograd.
 
         Returns:
             (B, N, dim).
 
         Raises:
-            ValueError: malformed arguments, or more tokens than xPos can represent.
+            ValueError: malformed arguments, more tokens than xPos can represent, or a cache that does not go with them.
         """
+        if cache is not None:
+            return self._next(tokens, positions, key_padding_mask, cache)
         tables = self._tables(tokens, positions)
         x = self.dropout(self.embedding(tokens))
         for block in self.blocks:
@@ -154,6 +169,59 @@ class Transformer(nn.Module):
                 with self._keeping(x):
                     x = checkpoint(block, x, tables, key_padding_mask, use_reentrant=False)
         return self.norm(x)
+
+    def new_cache(self, batch_size: int, *, max_tokens: int | None = None) -> StreamCache:
+        """An empty past for streams that are to come in chunks, `model(tokens, cache=cache)`.
+
+        Of dilated attention it is of fixed size, allocated here: ceil(w / r) keys and values per branch, head and layer.
+        Other backends keep every token. It holds what the model computes in now, autocast considered.
+
+        Args:
+            batch_size: streams that advance together.
+            max_tokens: up to where a cache grows that keeps every token; by default 65,536.
+
+        Raises:
+            ValueError: the model is not causal, its attention has no cache, or batch_size is below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        if not self.causal:
+            raise ValueError("the model is not causal: what comes later changes its past, so it has no cache")
+        weight = self.embedding.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        factory = {"dtype": dtype, "device": weight.device, "max_tokens": max_tokens}
+        layers = [block.attention.new_cache(batch_size, **factory) for block in self.blocks]
+        return StreamCache(self, layers, batch_size)
+
+    @torch.no_grad()
+    def _next(
+        self, tokens: Tensor, positions: Tensor | None, key_padding_mask: Tensor | None, cache: StreamCache
+    ) -> Tensor:
+        """`hidden` of the next tokens of streams."""
+        if key_padding_mask is not None:
+            raise ValueError("with a cache there is no padding: all streams advance together; leave out the mask")
+        if self.training and self.dropout.p:
+            raise ValueError("a cache is for evaluation, and the model is in training with dropout; call eval() first")
+        tables = self._tables(tokens, positions, cache.position)
+        cache.check(self, tokens)
+        if not tokens.numel():
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give at least one token")
+        self._check_vocabulary(tokens)
+        with cache.advancing(tokens.shape[1]):
+            x = self.embedding(tokens)
+            for block, layer in zip(self.blocks, cache.layers, strict=True):
+                x = block(x, tables, None, layer)
+        return self.norm(x)
+
+    def _check_vocabulary(self, tokens: Tensor) -> None:
+        smallest, largest = (int(x) for x in tokens.aminmax())
+        if smallest < 0 or largest >= self.embedding.num_embeddings:
+            raise ValueError(
+                f"tokens holds {smallest if smallest < 0 else largest}, and the model's vocabulary is 0 to "
+                f"{self.embedding.num_embeddings - 1}; was the text encoded with another tokenizer?"
+            )
 
     def _keeping(self, x: Tensor) -> AbstractContextManager:
         """Where checkpointing keeps the input of a block."""
@@ -181,17 +249,17 @@ class Transformer(nn.Module):
         """The backend of each layer, first to last."""
         return [block.attention.backend for block in self.blocks]
 
-    def _tables(self, tokens: Tensor, positions: Tensor | None) -> Tables | None:
-        """Cosines and sines for all layers, at least float32."""
+    def _tables(self, tokens: Tensor, positions: Tensor | None, past: int = 0) -> Tables | None:
+        """Cosines and sines for all layers, at least float32; `past` tokens were there before."""
         if tokens.dim() != 2:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected two dimensions: batch, seq")
         if positions is None:
             if self.positions is None:
                 return None
-            first, shards = 0, 1
+            first, shards = past, 1
             if self.shard is not None:
                 first, shards = self.shard.first_position(tokens.shape[1]), self.shard.size
-            self.positions.check(tokens.shape[1] * shards)
+            self.positions.check(past + tokens.shape[1] * shards)
             positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
         elif positions.shape not in (tokens.shape, tokens.shape[1:]) or positions.is_floating_point():
             raise ValueError(
@@ -222,8 +290,10 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(dim, ffn_dim, ffn_chunk)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, tables: Tables | None, key_padding_mask: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attention(x, tables, key_padding_mask))
+    def forward(
+        self, x: Tensor, tables: Tables | None, key_padding_mask: Tensor | None, cache: Cache | None = None
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(x, tables, key_padding_mask, cache))
         return x + self.dropout(self.feed_forward(x))
 
     def reset_parameters(self, gain: float) -> None:
@@ -254,14 +324,20 @@ class SelfAttention(nn.Module):
         self.inner_norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, tables: Tables | None, key_padding_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, tables: Tables | None, key_padding_mask: Tensor | None, cache: Cache | None = None
+    ) -> Tensor:
         qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
         qk, v = qkv.split((2, 1), dim=2)
         if tables is not None:
             qk = rotate(qk, tables)
         (q, k), v = qk.unbind(2), v.squeeze(2)
-        out = self.backend(q, k, v, causal=self.causal, key_padding_mask=key_padding_mask)
+        out = self.backend(q, k, v, causal=self.causal, key_padding_mask=key_padding_mask, cache=cache)
         return self.out(self.inner_norm(out.flatten(2)))
+
+    def new_cache(self, batch_size: int, **factory: Any) -> Cache:
+        """The backend's, see `Transformer.new_cache`."""
+        return self.backend.new_cache(batch_size, self.heads, self.out.in_features // self.heads, **factory)
 
     def reset_parameters(self, gain: float) -> None:
         """Xavier normal, q, k and v as matrices of their own; q and k keep gain 1."""

@@ -184,11 +184,3 @@ def test_registering_a_taken_name_raises() -> None:
     with pytest.raises(ValueError, match="already registered by longnet_kit.attention.sdpa.SDPA"):
         attention.register("sdpa")(attention.AttentionBackend)
     assert {"dilated", "naive", "sdpa"} <= set(attention.names())
-
-
-def test_a_backend_without_a_cache_says_so() -> None:
-    backend = attention.build({"backend": "sdpa"})
-    with pytest.raises(NotImplementedError, match="SDPA has no cache"):
-        backend.new_cache(1, 2, 4)
-    with pytest.raises(NotImplementedError, match="SDPA has no cache"):
-        backend.forward_cached(X, X, X, None)

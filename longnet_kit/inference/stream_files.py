@@ -1,0 +1,125 @@
+"""The folder of a stream: its state, its curve and its results, kept so that a kill at any time leaves them whole.
+
+`state.pt` is what the stream goes on from; `curve.csv` and TensorBoard's events have a point per interval, over tokens
+read; `summary.json` the results; `stream.json` says what is read with which weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from longnet_kit import callbacks, durable, run_lock, runs
+
+STATE, CURVE, IDENTITY = "state.pt", "curve.csv", "stream.json"
+
+
+class StreamFiles:
+    """A stream's folder, held by this process; `claim` makes it.
+
+    Attributes:
+        directory: the folder.
+        state: what was saved last; None where nothing was.
+    """
+
+    def __init__(self, directory: Path, state: dict[str, Any] | None) -> None:
+        self.directory = directory
+        self.state = state
+        position = 0 if state is None else int(state["position"])
+        earlier = runs.rows_until(directory / CURVE, position)
+        self._table = callbacks.MetricsTable(directory / CURVE, earlier)
+        self._board = SummaryWriter(str(directory), purge_step=position + 1 if earlier else None)
+
+    @classmethod
+    @contextmanager
+    def claim(cls, directory: Path, identity: Mapping[str, Any]) -> Iterator[StreamFiles]:
+        """Make or open the folder and hold it.
+
+        Args:
+            identity: plain values that say what is read with which weights.
+
+        Raises:
+            ValueError: it cannot be written, another process is there, or it is of another stream.
+        """
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with run_lock.hold(directory) as note:
+                if note:
+                    print(f"note: {note}", flush=True)
+                _check_identity(directory, identity)
+                files = cls(directory, _read_state(directory / STATE))
+                try:
+                    yield files
+                finally:
+                    files._table.save()
+                    files._board.close()
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"{directory}: cannot be written ({reason}); name another folder with --output") from error
+
+    def save(self, state: dict[str, Any]) -> float:
+        """Put a state in the place of the last one.
+
+        Returns:
+            Seconds that it took.
+        """
+        began = time.monotonic()
+        self._table.save()  # the curve is never behind the state
+        with durable.replacing(self.directory / STATE) as staged:
+            torch.save(state, staged)
+        return time.monotonic() - began
+
+    def point(self, position: int, scalars: Mapping[str, float]) -> None:
+        """Add a point to the curve."""
+        self._table.log_metrics(scalars, position)
+        self._table.save()
+        for tag, value in scalars.items():
+            self._board.add_scalar(f"stream/{tag}", value, position)
+
+    def finish(self, summary: Mapping[str, Any], decades: Mapping[int, float], text: str) -> None:
+        """Write the results, also those of each decade, by its first position."""
+        for position, bits_per_byte in decades.items():
+            self._board.add_scalar("stream/bits_per_byte_from_position", bits_per_byte, position)
+        self._board.add_text("stream", text)
+        self._board.flush()
+        plain = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in summary.items()}
+        with durable.replacing(self.directory / runs.SUMMARY) as staged:
+            staged.write_text(json.dumps(plain, indent=1) + "\n")
+
+
+def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
+    path = directory / IDENTITY
+    if path.is_file():
+        try:
+            there = json.loads(path.read_text())
+        except ValueError:
+            there = {}
+        differing = [key for key in identity if there.get(key) != identity[key]]
+        if differing:
+            raise ValueError(
+                f"{directory} holds a stream of other {' and '.join(differing)}; name another folder with --output, or "
+                "delete this one"
+            )
+        return
+    with durable.replacing(path) as staged:
+        staged.write_text(json.dumps(identity, indent=1) + "\n")
+
+
+def _read_state(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        assert state["position"] >= 0
+        return state
+    except Exception as error:  # a broken file can fail in any way that unpickling can
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged ({reason}); delete it to read from the beginning") from error

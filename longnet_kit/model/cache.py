@@ -1,0 +1,133 @@
+"""The past of a stream, for a whole network: a cache of each layer, and what they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from longnet_kit.attention import Cache
+    from longnet_kit.model.transformer import Transformer
+
+_WITHOUT_EFFECT = {"dropout", "activation_checkpointing", "ffn_chunk", "loss_chunk"}
+"""Settings of a network that change nothing of what it gives in evaluation."""
+
+
+class StreamCache:
+    """What a network keeps of the past of `batch_size` streams that advance together; `Transformer.new_cache` makes it.
+
+    It belongs to that network with the weights that it has: with others the past would be another. `state_dict` and
+    `load_state_dict` carry it into another process.
+    """
+
+    layers: Sequence[Cache]
+    """The cache of each layer's attention."""
+    batch_size: int
+    position: int
+    """Tokens of each stream that were seen."""
+
+    def __init__(self, network: Transformer, layers: Sequence[Cache], batch_size: int) -> None:
+        self._network = weakref.ref(network)
+        self.layers = layers
+        self.batch_size = batch_size
+        self.position = 0
+        self._is_whole = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all layers hold now."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def check(self, network: Transformer, tokens: Tensor) -> None:
+        """Raise a ValueError unless the network may go on with it through the next tokens, (B, n)."""
+        if self._network() is not network:
+            raise ValueError("the cache is of another model; make one with this model's new_cache")
+        if not self._is_whole:
+            raise ValueError(
+                "the cache was left half-way by an error, so its past is lost; make a new one, or load a saved one"
+            )
+        if tokens.shape[0] != self.batch_size:
+            raise ValueError(
+                f"the cache is for {self.batch_size} streams, and tokens has a batch of {tokens.shape[0]}; make one "
+                f"with new_cache({tokens.shape[0]})"
+            )
+        for layer in self.layers:
+            layer.check_room(tokens.shape[1])
+
+    @contextmanager
+    def advancing(self, tokens: int) -> Iterator[None]:
+        """While the layers take so many tokens: an error in it leaves them at different places."""
+        self._is_whole = False
+        yield
+        self._is_whole = True
+        self.position += tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, for `torch.save`; `torch.load(..., weights_only=True)` reads them."""
+        network = self._bound()
+        if not self._is_whole:
+            raise ValueError("the cache was left half-way by an error, so there is nothing to save")
+        return {
+            "position": self.position,
+            "batch_size": self.batch_size,
+            "config": _config(network),
+            "weights": fingerprint(network),
+            "layers": [layer.state_dict() for layer in self.layers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, in this or another process.
+
+        Raises:
+            ValueError: it is no such state, or of another model or batch.
+        """
+        network = self._bound()
+        missing = {"position", "batch_size", "config", "weights", "layers"} - {*state}
+        if missing:
+            raise ValueError(f"this is no state of a cache: it has no {', '.join(sorted(missing))}")
+        own, saved = _config(network), state["config"]
+        keys = [key for key in {**own, **saved} if own.get(key) != saved.get(key)]
+        if keys:
+            differing = "; ".join(f"{key} is {saved.get(key)} there and {own.get(key)} here" for key in keys)
+            raise ValueError(f"the saved cache is of another model: {differing}")
+        if state["batch_size"] != self.batch_size:
+            raise ValueError(
+                f"the saved cache is for {state['batch_size']} streams and this one for {self.batch_size}; load it "
+                f"into new_cache({state['batch_size']})"
+            )
+        if state["weights"] != fingerprint(network):
+            raise ValueError("the saved cache is of a model like this one with other weights; load those weights first")
+        self._is_whole = False
+        for layer, layer_state in zip(self.layers, state["layers"], strict=True):
+            layer.load_state_dict(layer_state)
+        self.position, self._is_whole = int(state["position"]), True
+
+    def _bound(self) -> Transformer:
+        network = self._network()
+        assert network is not None, "the network of this cache is gone"
+        return network
+
+
+def fingerprint(network: Transformer) -> str:
+    """A digest of a network's weights: equal on every device, and after any change of a weight almost surely another.
+
+    Sums over bit patterns: integers, so that the order in which they are added does not matter.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, x in network.state_dict().items():
+        bits = x.detach().contiguous().flatten().view(integers[x.element_size()])
+        place = torch.arange(1, len(bits) + 1, device=bits.device)
+        sums = int(bits.sum(dtype=torch.int64)), int((bits * place).sum(dtype=torch.int64))
+        digest.update(repr((name, tuple(x.shape), str(x.dtype), sums)).encode())
+    return digest.hexdigest()
+
+
+def _config(network: Transformer) -> dict[str, Any]:
+    return {key: value for key, value in network.config.items() if key not in _WITHOUT_EFFECT}
