@@ -179,6 +179,19 @@ def _board(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _generate(arguments: argparse.Namespace) -> int:
+    from longnet_kit.inference import console
+    from longnet_kit.inference.sampling import Sampling
+
+    console.run(
+        arguments.run, arguments.prompt, arguments.prompt_file, max_new_tokens=arguments.max_new_tokens,
+        sampling=Sampling(arguments.temperature, arguments.top_k, arguments.top_p), seed=arguments.seed,
+        samples=arguments.samples, stop=arguments.stop, chunk=arguments.chunk, max_cached=arguments.max_cached,
+        echo=arguments.echo, as_json=arguments.json, device=arguments.device,
+    )  # fmt: skip
+    return DONE
+
+
 def _stream(arguments: argparse.Namespace) -> int:
     from longnet_kit.inference import stream
 
@@ -202,7 +215,7 @@ def _check_backend(arguments: argparse.Namespace) -> int:
 _CALLS: dict[str, Callable[[argparse.Namespace], int]] = {
     "fit": _fit, "validate": _evaluate, "test": _evaluate, "export": _export, "list": _list, "show": _show,
     "plan": _plan, "pattern": _pattern, "sweep": _sweep, "compare": _compare, "board": _board,
-    "stream": _stream,
+    "generate": _generate, "stream": _stream,
     "check-backend": _check_backend,
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from longnet_kit import typed
 
 VERBS = (
     "fit", "validate", "test", "export", "list", "show", "plan", "pattern", "sweep", "compare", "board",
-    "stream", "check-backend",
+    "generate", "stream", "check-backend",
 )  # fmt: skip
 
 
@@ -92,11 +92,28 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     board.add_argument("--port", type=int, default=None, help="by default the first free one from 6006; 0 for any")
     board.add_argument("--host", default="localhost", help="the address to listen on; 0.0.0.0 for all of the machine's")
     trained = ("run", "a run directory, runs/<name>, a recipe whose run is there, or an exported file")
+    _add_generation(verb("generate", "continue prompts with what a run has learnt", trained))
     read = ("files", "FILE", "files or patterns: text, code or JSON lines")
     _add_stream(verb("stream", "read text of any size as one sequence, and measure it", trained, read))
     backend = ("name", "a registered attention backend")
     verb("check-backend", "hold an attention backend to the definition", backend, options)
     return parser, made
+
+
+def _add_generation(generate: argparse.ArgumentParser) -> None:
+    several = {"action": "append", "default": []}
+    generate.add_argument("--prompt", metavar="TEXT", help="may be repeated: one batch", **several)
+    generate.add_argument("--prompt-file", metavar="FILE", help="a text file, of any length; - for stdin", **several)
+    generate.add_argument("--max-new-tokens", type=_count, metavar="N", default=256, help="at most, per text; 256")
+    generate.add_argument("--temperature", type=float, metavar="T", default=1.0, help="1; 0 takes the likeliest token")
+    generate.add_argument("--top-k", type=_count, metavar="K", help="draw from the K likeliest tokens alone")
+    generate.add_argument("--top-p", type=float, metavar="P", default=1.0, help="from those that make up P together")
+    generate.add_argument("--seed", type=int, metavar="S", default=0, help="text i draws with seed S + i; 0")
+    generate.add_argument("--samples", type=_count, metavar="N", default=1, help="texts for each prompt; 1")
+    generate.add_argument("--stop", metavar="TEXT", help="ends the text; may be repeated", **several)
+    generate.add_argument("--echo", action="store_true", help="print the prompt too")
+    generate.add_argument("--json", action="store_true", help="print an object per text: prompt, text, tokens, end")
+    _add_device(generate)
 
 
 def _add_stream(stream: argparse.ArgumentParser) -> None:
@@ -105,13 +122,13 @@ def _add_stream(stream: argparse.ArgumentParser) -> None:
     stream.add_argument(
         "--extend", action="store_true", help="add branches by doubling the longest, until a token sees all before it"
     )
-    stream.add_argument("--chunk", type=_count, metavar="N", default=16_384, help="tokens at a time; 16,384")
     stream.add_argument("--errors", choices=("strict", "replace", "skip"), default="strict", help="text not in UTF-8")
     stream.add_argument("--output", type=Path, metavar="DIRECTORY", help="of results and state; by default in the run")
     _add_device(stream)
 
 
 def _add_device(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--chunk", type=_count, metavar="N", default=16_384, help="tokens read at a time; 16,384")
     verb.add_argument("--max-cached", type=_count, metavar="N", help="limit of a cache that keeps every token; 65,536")
     verb.add_argument("--device", choices=("cpu", "cuda"), help="by default the recipe's accelerator, if it is there")
 

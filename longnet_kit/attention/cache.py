@@ -61,7 +61,7 @@ class Cache(ABC):
             ValueError: it is of a cache of another shape.
         """
 
-    def check_room(self, tokens: int) -> None:
+    def check_room(self, tokens: int) -> None:  # noqa: B027  (a default, not forgotten)
         """Raise a ValueError where so many more tokens do not fit; by default all do."""
 
     def check(self, q: Tensor) -> None:
@@ -106,8 +106,8 @@ class KeyValueCache(Cache):
         if self.position + tokens > self.max_tokens:
             raise ValueError(
                 f"the cache keeps every token, {self.max_tokens:,} at most, and holds {self.position:,}; "
-                f"{tokens:,} more do not fit: make one with new_cache(..., max_tokens={self.position + tokens}) or "
-                "more, or use the backend dilated, whose cache does not grow"
+                f"{tokens:,} more do not fit: give max_tokens={self.position + tokens} or more (--max-cached on the "
+                "command line), or use the backend dilated, whose cache does not grow"
             )
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

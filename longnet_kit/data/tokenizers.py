@@ -5,9 +5,10 @@ Vocabulary sizes are known without any download, so that a model can be built be
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,55 @@ class Tokenizer:
         """The text of token ids, without `eos`; replacement characters stand for what is no valid UTF-8."""
         raise NotImplementedError
 
+    def decoder(self) -> Decoder:
+        """Decode tokens one by one."""
+        raise NotImplementedError
+
+
+class Decoder:
+    """The text of tokens that come one by one; together its pieces are what `decode` gives.
+
+    Bytes of an unfinished character are held back.
+
+    Args:
+        bytes_of: the bytes of a token, none for `eos`.
+    """
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """Take a token; the text that is whole now."""
+        return self._utf8.decode(self._bytes_of(token))
+
+    def finish(self) -> str:
+        """No more tokens come; the text of what was held back."""
+        return self._utf8.decode(b"", final=True)
+
+
+class _DecoderOfText(Decoder):
+    """Where tokens have text alone and no bytes: by the `tokenizers` library's own stream."""
+
+    def __init__(self, tokenizer: JSON) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=False)
+        self._ids: list[int] = []
+        self._given = 0
+
+    def add(self, token: int) -> str:
+        if token == self._tokenizer.eos:
+            return ""
+        self._ids += _checked([token], self._tokenizer)
+        with _library_errors(self._tokenizer.name):
+            piece = self._stream.step(self._tokenizer._tokenizer, token) or ""
+        self._given += len(piece)
+        return piece
+
+    def finish(self) -> str:
+        return self._tokenizer.decode(self._ids)[self._given :]
+
 
 class Bytes(Tokenizer):
     """One token per byte, of the byte's value; 256 ends a document."""
@@ -76,6 +126,9 @@ class Bytes(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in _checked(ids, self) if i != self.eos).decode(errors="replace")
+
+    def decoder(self) -> Decoder:
+        return Decoder(lambda token: bytes(i for i in _checked([token], self) if i != self.eos))
 
 
 class JSON(Tokenizer):
@@ -123,6 +176,9 @@ class JSON(Tokenizer):
         with _library_errors(self.name):
             return self._tokenizer.decode(kept, skip_special_tokens=False)
 
+    def decoder(self) -> Decoder:
+        return _DecoderOfText(self)
+
 
 @contextmanager
 def _library_errors(path: str) -> Iterator[None]:
@@ -162,7 +218,18 @@ class Tiktoken(Tokenizer):
         return self._encoding().encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._encoding().decode([i for i in _checked(ids, self) if i != self.eos], errors="replace")
+        return b"".join(map(self._bytes_of, ids)).decode(errors="replace")
+
+    def decoder(self) -> Decoder:
+        return Decoder(self._bytes_of)
+
+    def _bytes_of(self, token: int) -> bytes:
+        """Of a token; a replacement character where the encoding leaves the id out, which a model may draw."""
+        _checked([token], self)
+        try:
+            return b"" if token == self.eos else self._encoding().decode_single_token_bytes(token)
+        except KeyError:
+            return "\N{REPLACEMENT CHARACTER}".encode()
 
     def _encoding(self) -> Any:
         if self._loaded is not None:

@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
 
     ids: np.ndarray[Any, np.dtype[np.int64]]
     text_bytes: np.ndarray[Any, np.dtype[np.float64]]
-    """How much text each stands for: exact for bytes, the mean over its document for other tokens, 0 for end of text."""
+    """How much text each is: exact for bytes, the mean over its document for other tokens, 0 for end of text."""
 
     @classmethod
     def of(cls, ids: Sequence[int] = (), text_bytes: Sequence[float] = ()) -> Tokens:
@@ -91,7 +91,7 @@ class Corpus:
         """Plain values that change when what is read would."""
         return [self._files.fingerprint(), self._tokenizer.fingerprint]
 
-    def reader(self, place: Place = Place()) -> Reader:
+    def reader(self, place: Place) -> Reader:
         """Read on from a place."""
         return Reader(self, place)
 

@@ -41,6 +41,10 @@ class Reading:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+    def close(self) -> None:
+        """It is read."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -116,6 +116,8 @@ class _Reading:
                 f"--tokens {tokens}: {cache.position:,} were read into {self._kept.directory} before; give more, or "
                 "another folder with --output"
             )
+        if tokens is not None:
+            cache.check_room(tokens - cache.position)
         self._say_what()
         reader = self._corpus.reader(self._place)
         is_counted = tokens is not None or self._trained.tokenizer.takes_bytes

@@ -57,8 +57,15 @@ class StreamCache:
                 f"the cache is for {self.batch_size} streams, and tokens has a batch of {tokens.shape[0]}; make one "
                 f"with new_cache({tokens.shape[0]})"
             )
+        self.check_room(tokens.shape[1])
+
+    def check_room(self, tokens: int) -> None:
+        """Raise a ValueError where so many more tokens are beyond the cache or the model's position embedding."""
         for layer in self.layers:
-            layer.check_room(tokens.shape[1])
+            layer.check_room(tokens)
+        embedding = self._bound().positions
+        if embedding is not None:
+            embedding.check(self.position + tokens)
 
     @contextmanager
     def advancing(self, tokens: int) -> Iterator[None]:

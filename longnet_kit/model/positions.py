@@ -1,8 +1,8 @@
 """Position embeddings that turn queries and keys: RoPE and xPos.
 
-Angles are counted in 2^-64 of a turn, as integers that wrap around: a position turns by exactly its multiple of what one
-step turns by, however far it is. They are cast only once they are cosines and sines. Nothing is kept in buffers, which a cast of the model to bfloat16 would round. The positions here never
-decide which keys a query sees.
+Angles are counted in 2^-64 of a turn, as integers that wrap around: a position turns by exactly its multiple of what
+one step turns by, however far it is. They are cast only once they are cosines and sines. Nothing is kept in buffers,
+which a cast of the model to bfloat16 would round. The positions here never decide which keys a query sees.
 """
 
 from __future__ import annotations

@@ -173,8 +173,8 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int, *, max_tokens: int | None = None) -> StreamCache:
         """An empty past for streams that are to come in chunks, `model(tokens, cache=cache)`.
 
-        Of dilated attention it is of fixed size, allocated here: ceil(w / r) keys and values per branch, head and layer.
-        Other backends keep every token. It holds what the model computes in now, autocast considered.
+        Of dilated attention it is of fixed size, allocated here: ceil(w / r) keys and values per branch, head and
+        layer. Other backends keep every token. It holds what the model computes in now, autocast considered.
 
         Args:
             batch_size: streams that advance together.
