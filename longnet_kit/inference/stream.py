@@ -172,8 +172,8 @@ class _Reading:
         passed = position - self._pointed.position
         if passed < min(LONGEST_INTERVAL, max(self._chunk, position // 32)) and not is_last:
             return
-        scalars = {
-            "bits_per_byte": self._since.bits_per_byte,
+        scalars = {} if not self._since.text_bytes else {"bits_per_byte": self._since.bits_per_byte}
+        scalars |= {
             "bits_per_byte_overall": self._score.total.bits_per_byte,
             "tokens_per_second": passed / (self._seconds - self._pointed.seconds),
             "seconds": self._seconds,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ class StreamCache:
     """Tokens of each stream that were seen."""
 
     def __init__(self, network: Transformer, layers: Sequence[Cache], batch_size: int) -> None:
-        self._network = weakref.ref(network)
+        self._network = network
         self.layers = layers
         self.batch_size = batch_size
         self.position = 0
@@ -46,7 +45,7 @@ class StreamCache:
 
     def check(self, network: Transformer, tokens: Tensor) -> None:
         """Raise a ValueError unless the network may go on with it through the next tokens, (B, n)."""
-        if self._network() is not network:
+        if self._network is not network:
             raise ValueError("the cache is of another model; make one with this model's new_cache")
         if not self._is_whole:
             raise ValueError(
@@ -63,7 +62,7 @@ class StreamCache:
         """Raise a ValueError where so many more tokens are beyond the cache or the model's position embedding."""
         for layer in self.layers:
             layer.check_room(tokens)
-        embedding = self._bound().positions
+        embedding = self._network.positions
         if embedding is not None:
             embedding.check(self.position + tokens)
 
@@ -77,14 +76,13 @@ class StreamCache:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, for `torch.save`; `torch.load(..., weights_only=True)` reads them."""
-        network = self._bound()
         if not self._is_whole:
             raise ValueError("the cache was left half-way by an error, so there is nothing to save")
         return {
             "position": self.position,
             "batch_size": self.batch_size,
-            "config": _config(network),
-            "weights": fingerprint(network),
+            "config": _config(self._network),
+            "weights": fingerprint(self._network),
             "layers": [layer.state_dict() for layer in self.layers],
         }
 
@@ -94,11 +92,10 @@ class StreamCache:
         Raises:
             ValueError: it is no such state, or of another model or batch.
         """
-        network = self._bound()
         missing = {"position", "batch_size", "config", "weights", "layers"} - {*state}
         if missing:
             raise ValueError(f"this is no state of a cache: it has no {', '.join(sorted(missing))}")
-        own, saved = _config(network), state["config"]
+        own, saved = _config(self._network), state["config"]
         keys = [key for key in {**own, **saved} if own.get(key) != saved.get(key)]
         if keys:
             differing = "; ".join(f"{key} is {saved.get(key)} there and {own.get(key)} here" for key in keys)
@@ -108,17 +105,12 @@ class StreamCache:
                 f"the saved cache is for {state['batch_size']} streams and this one for {self.batch_size}; load it "
                 f"into new_cache({state['batch_size']})"
             )
-        if state["weights"] != fingerprint(network):
+        if state["weights"] != fingerprint(self._network):
             raise ValueError("the saved cache is of a model like this one with other weights; load those weights first")
         self._is_whole = False
         for layer, layer_state in zip(self.layers, state["layers"], strict=True):
             layer.load_state_dict(layer_state)
         self.position, self._is_whole = int(state["position"]), True
-
-    def _bound(self) -> Transformer:
-        network = self._network()
-        assert network is not None, "the network of this cache is gone"
-        return network
 
 
 def fingerprint(network: Transformer) -> str:
