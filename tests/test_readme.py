@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from longnet_kit import recipe, testing
@@ -42,7 +43,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     desk = tmp_path_factory.mktemp("readme")
     for name in ("tools", "recipes", "tests", "README.md", ".venv"):
         (desk / name).symlink_to(ROOT / name)
-    (desk / "window.py").write_text(block("python", "class Window"))
+    (desk / "window.py").write_text(block("python", "class Window("))
     (desk / "window.yaml").write_text(block("yaml", "name: window"))
     (desk / "denoiser.py").write_text(block("python", "class Denoiser"))
     return desk
@@ -103,6 +104,24 @@ def test_the_plugin_conforms(desk: Path) -> None:
     window = runpy.run_path(str(desk / "window.py"))["Window"]
     testing.check_backend(window(size=5))
     assert len([line for line in (desk / "window.py").read_text().splitlines() if line.strip()]) <= 15
+
+
+def test_the_plugin_with_a_cache_streams(desk: Path) -> None:
+    names = runpy.run_path(str(desk / "window.py"))
+    exec(compile(block("python", "class WindowWithCache"), "README.md", "exec"), names)
+    checks = testing.check_backend(names["WindowWithCache"](size=5))
+    assert all(check.passed for check in checks if "cache" in check.claim)
+
+
+def test_the_example_of_a_cache_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+    assert run(f"tools/longnet fit quickstart name=cached {' '.join(SMALL)}", desk).returncode == 0
+    example = block("python", "new_cache(batch_size=1)").replace("runs/quickstart", "runs/cached")
+    names: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    loaded = names["model"].new_cache(1)  # type: ignore[attr-defined]
+    loaded.load_state_dict(torch.load("cache.pt", weights_only=True))
+    assert loaded.position == len("import os\nimport sys\n")
 
 
 def test_the_python_example_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,21 +1,21 @@
 """The interface of an attention backend, stated once.
 
-A plug-in writes `forward` and nothing else; every other member has a default. Inputs are checked here, at the door, so
+A plug-in writes `forward` and nothing else; every other member has a default, `pattern` too, which is with what follows
+from it in `longnet_kit.attention.inspected`. Inputs are checked here, at the door, so
 that no backend has to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from longnet_kit.attention import maps
 from longnet_kit.attention.cache import Cache
 from longnet_kit.attention.inputs import all_heads, check_inputs, nearest_divisor
-from longnet_kit.attention.patterns import Dilated, Pattern
+from longnet_kit.attention.inspected import Inspected
 from longnet_kit.attention.sharding import SequenceShard, to_heads, to_sequence, whole_sequence
 
 
@@ -29,17 +29,7 @@ class Support(NamedTuple):
         return self.ok
 
 
-class _Branches:
-    """The branches of a backend's pattern, unless a plug-in keeps something of its own under that name."""
-
-    def __get__(self, backend: AttentionBackend | None, _: type) -> list[tuple[int, int]]:
-        if backend is None:  # asked of the class
-            return []
-        own: Any = backend._modules.get("branches")
-        return own if own is not None else _branches(backend.pattern)
-
-
-class AttentionBackend(nn.Module):
+class AttentionBackend(Inspected):
     """Scaled dot-product attention of some kind over (batch, seq, heads, head_dim) tensors.
 
     The constructor's keyword arguments are the backend's recipe keys.
@@ -48,25 +38,14 @@ class AttentionBackend(nn.Module):
     head_dependent: bool = False
     """Whether heads differ by their index. Then `forward` also receives `first_head` and `total_heads`."""
 
-    shard: SequenceShard | None = None
-    """Which part of longer sequences the inputs are; None when they are whole. A sequence-parallel strategy sets it."""
-
     watch: Callable[[Tensor, Tensor, bool, Tensor | None], Any] | None = None
     """Called with (q, k, causal, key_padding_mask), just as they were given, before each attention; None: nobody looks.
 
     Not part of the module's state. In a sharded sequence it gets this rank's shard. Any callable but an nn.Module.
     """
 
-    branches = _Branches()
-    """(segment length, dilation rate) of each branch, in the recipe's order; [] where the pattern has none."""
-
     def __init__(self) -> None:
         super().__init__()
-
-    @property
-    def pattern(self) -> Pattern | None:
-        """Which keys each query sees, as data; None when the backend does not say."""
-        return None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, key_padding_mask: Tensor | None = None
@@ -163,107 +142,6 @@ class AttentionBackend(nn.Module):
             mask = whole_sequence(key_padding_mask, shard)
         return to_sequence(super().__call__(*whole.unbind(0), causal, mask, **heads), shard)
 
-    def attention_map(
-        self,
-        q: Tensor,
-        k: Tensor,
-        queries: Tensor | Sequence[int] | None = None,
-        causal: bool = True,
-        key_padding_mask: Tensor | None = None,
-        first_head: int = 0,
-        total_heads: int | None = None,
-    ) -> Tensor:
-        """The weight of every key in the outputs of chosen queries, from the pattern, without autograd.
-
-        Times v it is what `forward` gives there. Beyond the rows asked for nothing of size N x N is held. In a sharded
-        sequence all ranks call with the same queries, count positions in the whole sequence, and get the whole rows.
-
-        Args:
-            q, k: (B, N, H, D).
-            queries: (Q,) int, positions in the sequence; None: all of them.
-            key_padding_mask: (B, N) bool, True where the token is real.
-            first_head, total_heads: where these heads stand among all heads of the layer.
-
-        Returns:
-            (B, H, Q, N), at least float32; rows are 0 where a query is padded or sees nothing.
-
-        Raises:
-            ValueError: malformed inputs, queries that the sequence does not have, or a backend without a pattern.
-        """
-        if self.pattern is None:
-            raise ValueError(
-                f"the attention backend {type(self).__name__} has no pattern, so its weights are not known; write its "
-                "`pattern`, or look at one of the kit's own backends"
-            )
-        check_inputs(q, k, k, key_padding_mask)
-        total_heads = all_heads(q.shape[2], first_head, total_heads)
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            q, k, key_padding_mask, _ = self._whole(q, k, key_padding_mask)
-            positions = maps.as_positions(queries, q.shape[1], q.device)
-            return maps.attention_map(self.pattern, q, k, positions, causal, key_padding_mask, first_head, total_heads)
-
-    def branch_weights(
-        self,
-        q: Tensor,
-        k: Tensor,
-        causal: bool = True,
-        key_padding_mask: Tensor | None = None,
-        first_head: int = 0,
-        total_heads: int | None = None,
-    ) -> Tensor:
-        """The share of each branch in the outputs (LongNet eq. 10), without autograd.
-
-        In a sharded sequence all ranks call, and each gets the shares of its own tokens.
-
-        Args:
-            q, k: (B, N, H, D).
-            key_padding_mask: (B, N) bool, True where the token is real.
-            first_head, total_heads: where these heads stand among all heads of the layer.
-
-        Returns:
-            (branches, B, N, H), in the order of `branches`, at least float32; 0 where a branch does not keep the
-            position for the head, or the query is padded. They sum to 1 wherever some branch keeps a real token.
-
-        Raises:
-            ValueError: malformed inputs, or a backend without branches.
-        """
-        if not _branches(self.pattern):
-            raise ValueError(
-                f"the attention backend {type(self).__name__} has no branches to weigh against each other; the backend "
-                "dilated has, and naive with a dilated pattern"
-            )
-        check_inputs(q, k, k, key_padding_mask)
-        total_heads = all_heads(q.shape[2], first_head, total_heads)
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            weights = maps.shares(self.branch_lse(q, k, causal, key_padding_mask, first_head, total_heads))
-        return weights if key_padding_mask is None else weights.masked_fill(~key_padding_mask[:, :, None], 0)
-
-    def branch_lse(
-        self, q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None, first_head: int, total_heads: int
-    ) -> Tensor:
-        """The log of each branch's softmax denominators; by default from the pattern, in chunks of queries.
-
-        Inputs are as of `branch_weights`, checked. In a sharded sequence the default gathers q and k of all of it.
-
-        Returns:
-            (branches, B, N, H), at least float32; -inf where a branch does not keep the position for the head, and
-            anything where the query is padded.
-        """
-        assert isinstance(self.pattern, Dilated)
-        tokens = q.shape[1]
-        q, k, key_padding_mask, first = self._whole(q, k, key_padding_mask)
-        queries = torch.arange(first, first + tokens, device=q.device)
-        return maps.branch_lse(self.pattern, q, k, queries, causal, key_padding_mask, first_head, total_heads)
-
-    def _whole(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
-        """q, k and mask of the whole sequence, and the position in it of the first token that was given."""
-        shard = self.shard
-        if shard is None or shard.size == 1:
-            return q, k, mask, 0
-        first = shard.first_position(q.shape[1])
-        mask = None if mask is None else whole_sequence(mask, shard)
-        return whole_sequence(q, shard), whole_sequence(k, shard), mask, first
-
     def supports_shards(self, *, seq_len: int, shards: int, heads: int) -> Support:
         """Whether `forward_sharded` can run a sequence cut into `shards`; if not, the reason names what can."""
         if heads % shards == 0:
@@ -328,7 +206,3 @@ class AttentionBackend(nn.Module):
             f"the attention backend {type(self).__name__} has no cache, so it can neither stream nor generate; write "
             "its new_cache and forward_cached (attention.KeyValueCache keeps every key), or run whole sequences"
         )
-
-
-def _branches(pattern: Pattern | None) -> list[tuple[int, int]]:
-    return list(pattern.branches) if isinstance(pattern, Dilated) else []

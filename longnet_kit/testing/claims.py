@@ -5,18 +5,15 @@ It raises `Broken` where the claim does not hold, and `Unchecked` where that can
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from longnet_kit.attention.backend import AttentionBackend
-from longnet_kit.attention.sharding import SequenceShard, bind
+from longnet_kit.testing import claims_of_parts
 from longnet_kit.testing.subject import (
     WITHIN,
     Broken,
-    Inputs,
     Subject,
     Unchecked,
     cases,
@@ -174,43 +171,6 @@ def _heads_by_index(subject: Subject) -> None:
             expect_close(some, whole[:, :, first:last], subject.within, f"{case}: heads {first} to {last - 1}")
 
 
-def _shards(subject: Subject) -> None:
-    """Ranks that hold a shard of the sequence each give what one gives for the whole, gradients too"""
-    from longnet_kit.parallel import threads
-
-    refusal, checked = "no length divides among the ranks", False
-    for seq_len, causal, case in cases(subject):
-        for ranks in (2, 4):
-            if seq_len % ranks:
-                continue
-            support = subject.backend.supports_shards(seq_len=seq_len, shards=ranks, heads=4)
-            refusal = refusal if support else support.reason
-            if not support:
-                continue
-            checked = True
-            inputs = draw(subject, seq_len, heads=4)
-            grad_out = torch.randn_like(inputs[0])
-            out, grads = outcome(subject.backend, inputs, grad_out, causal)
-            parts = threads.run(ranks, partial(_from_shard, subject.backend, inputs, grad_out, causal))
-            where = f"{case} on {ranks} ranks"
-            expect_close(torch.cat([part for part, _ in parts], 1), out, subject.within, f"{where}: the output")
-            for i, name in enumerate("qkv"):
-                joined = torch.cat([part_grads[i] for _, part_grads in parts], 1)
-                expect_close(joined, grads[i], subject.within, f"{where}: the gradient of {name}")
-    if not checked:
-        raise Unchecked(refusal)
-
-
-def _from_shard(
-    backend: AttentionBackend, inputs: Inputs, grad_out: Tensor, causal: bool, shard: SequenceShard
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Output and gradients of this rank's part; each rank has a module of its own, as in a job."""
-    own = copy.deepcopy(backend)
-    bind(own, shard)
-    *parts, grad_part = (x.chunk(shard.size, 1)[shard.rank] for x in (*inputs, grad_out))
-    return outcome(own, tuple(parts), grad_part, causal)  # type: ignore[arg-type]
-
-
 def _memory_layout(subject: Subject) -> None:
     """Slices of a fused projection give what contiguous tensors give"""
     for seq_len, causal, case in cases(subject):
@@ -286,7 +246,8 @@ ALL = (
     _right_padding_is_shorter,
     _batch_rows_are_independent,
     _heads_by_index,
-    _shards,
+    claims_of_parts.shards,
+    claims_of_parts.streams,
     _memory_layout,
     _deterministic,
     _other_dtypes,

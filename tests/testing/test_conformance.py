@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,27 @@ class WithPattern(Softmax):
     @property
     def pattern(self) -> patterns.Pattern:
         return patterns.Dense()
+
+
+class WithCache(WithPattern):
+    def new_cache(self, batch_size: int, heads: int, head_dim: int, **factory: Any) -> attention.KeyValueCache:
+        return attention.KeyValueCache(batch_size, heads, head_dim, **factory)
+
+    def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: attention.KeyValueCache) -> Tensor:
+        k, v = cache.append(k, v)
+        missing = k.shape[1] - q.shape[1]
+        return self.forward(torch.cat((k[:, :missing], q), 1), k, v)[:, missing:]
+
+
+class ForgetsThePast(WithCache):
+    def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: attention.KeyValueCache) -> Tensor:
+        return self.forward(q, k, v)
+
+
+class SeesAllOfAChunk(WithCache):
+    def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: attention.KeyValueCache) -> Tensor:
+        k, v = cache.append(k, v)
+        return attention.build({"backend": "sdpa"})(*(x[:, -q.shape[1] :] for x in (q, k, v)), causal=False)
 
 
 class LeaksTheFuture(Softmax):
@@ -173,8 +195,8 @@ class Raises(Softmax):
 
 def test_a_correct_plugin_passes_and_says_what_was_not_checked() -> None:
     unchecked = [check for check in check_backend(Softmax()) if check.passed is None]
-    assert ["no pattern" in check.message for check in unchecked] == [True]
-    assert all(check.passed for check in check_backend(WithPattern()))
+    assert all(message in check.message for message, check in zip(("no pattern", "no cache"), unchecked, strict=True))
+    assert all(check.passed for check in check_backend(WithCache()))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +217,8 @@ def test_a_correct_plugin_passes_and_says_what_was_not_checked() -> None:
         (WrongDtype, "float32"),
         (HeadsByCount, "heads 2 to 4"),
         (StaysInItsShard, "on 2 ranks: the output is off"),
+        (ForgetsThePast, "chunks of \\[1\\]: the output is off"),
+        (SeesAllOfAChunk, "chunks of .*: the output is off"),
         (Raises, "out of cheese"),
     ],
 )
