@@ -153,7 +153,7 @@ def chunk_views(
     if tail:
         last = tuple(_segment_views(tokens - tail, 1, w, Part(tail, 0, w), *rule))
         begun = [*begun, *last]
-    elif full or first + rest_of_segment == w:
+    elif first + rest_of_segment == w:
         last = ()
     return ChunkViews(opened, tuple(view for view, *_ in begun), last)
 

@@ -116,7 +116,8 @@ class StreamCache:
 def fingerprint(network: Transformer) -> str:
     """A digest of a network's weights: equal on every device, and after any change of a weight almost surely another.
 
-    Sums over bit patterns: integers, so that the order in which they are added does not matter.
+    Sums over bit patterns: integers, so that the order in which they are added does not matter. One of them tells
+    places apart, the other the high bits, which an even place would lose.
     """
     digest = hashlib.blake2b(digest_size=16)
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longnet_kit import attention
@@ -92,6 +92,8 @@ def test_narrow_dtypes_stream(name: str, dtype: torch.dtype) -> None:
     assert (out.double() - whole).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
 
 
+@example(options={"segment_lengths": [7, 14], "dilation_rates": [1, 2]}, tokens=3, first=4, heads=2)  # ends a segment
+@example(options={"segment_lengths": [7, 14], "dilation_rates": [1, 2]}, tokens=17, first=11, heads=2)
 @given(options=dilated_options(), tokens=st.integers(1, 60), first=st.integers(0, 200), heads=st.integers(1, 7))
 def test_views_of_a_chunk_hold_each_kept_position_once(options: dict, tokens: int, first: int, heads: int) -> None:
     pattern = attention.build({"backend": "dilated", **options}).pattern

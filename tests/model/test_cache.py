@@ -221,6 +221,10 @@ def test_xpos_is_refused_once_a_stream_outgrows_it() -> None:
     model(some_tokens(1, 5), cache=cache)
     with pytest.raises(ValueError, match=r"positions: xpos reaches .* tokens in float32"):
         model(some_tokens(1, 1), cache=cache)
+    fresh = model.new_cache(1)
+    fresh.check_room(reach)
+    with pytest.raises(ValueError, match="positions: xpos reaches"):
+        fresh.check_room(reach + 1)
 
 
 def test_under_autocast_the_cache_is_of_its_dtype() -> None:
@@ -254,3 +258,8 @@ def test_any_change_of_a_weight_shows_in_the_fingerprint() -> None:
     seen.add(fingerprint(model))
     assert len(seen) == 2 + len(list(model.parameters()))
     assert fingerprint(model) == fingerprint(copy.deepcopy(model))
+    double = network().double()
+    before = fingerprint(double)
+    with torch.no_grad():
+        double.embedding.weight[0, 1].neg_()
+    assert fingerprint(double) != before
