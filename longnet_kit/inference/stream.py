@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from longnet_kit import host_memory, runs, signals, weights
-from longnet_kit.inference import network, progress
-from longnet_kit.inference.corpus import Corpus, Errors, Place, Tokens, joined
+from longnet_kit.inference import network, progress, stream_report
+from longnet_kit.inference.corpus import Corpus, Errors, Place, Reader, Tokens, joined
 from longnet_kit.inference.network import Trained
 from longnet_kit.inference.score import Decade, Score
 from longnet_kit.inference.stream_files import StreamFiles
@@ -103,6 +103,7 @@ class _Reading:
         self._score, self._since = Score(), Decade()  # of all, and of what came after the last point of the curve
         self._ahead = Tokens.of()  # the token that was last to be predicted, and is the next to be read
         self._place = Place()
+        self._counted = 0  # tokens whose losses are in the score: those in the cache, but after an error
         self._seconds, self._pointed = 0.0, _Point(0, 0.0)
         self._memory = 0
         if kept.state is not None:
@@ -118,35 +119,50 @@ class _Reading:
             )
         if tokens is not None:
             cache.check_room(tokens - cache.position)
-        self._say_what()
+        print(stream_report.opening(self._trained, self._corpus, self._chunk, cache, self._kept.directory), flush=True)
         reader = self._corpus.reader(self._place)
         is_counted = tokens is not None or self._trained.tokenizer.takes_bytes
         saved, next_save = time.monotonic(), SAVE_EVERY
-        with listener.listening(), progress.Reading(bound if is_counted else None, cache.position) as bar:
-            while True:
-                began = time.monotonic()
-                left = math.inf if tokens is None else tokens - cache.position
-                inputs = min(self._chunk, left)
-                wanted = inputs + (left > inputs)  # one more, for the last one to predict
-                taken = joined([self._ahead, reader.take(int(wanted) - self._ahead.count)])
-                is_last = taken.count <= inputs
-                if is_last:
-                    self._save()  # with more text or a higher --tokens it goes on from here, as if it had not ended
-                if not taken.count:
-                    break
-                self._read(taken, int(inputs))
-                self._place = reader.place
-                self._seconds += time.monotonic() - began
-                self._point(is_last)
-                if is_last:
-                    break
+        with (
+            listener.listening(),
+            progress.Reading(bound if is_counted else None, cache.position) as bar,
+            self._saving_before_errors(),
+        ):
+            while not self._read_chunk(reader, tokens):
                 bar.update(cache.position, self._words())
                 if listener.received:
                     self._save()
                     break
                 if time.monotonic() - saved > next_save:
                     next_save, saved = max(SAVE_EVERY, 20 * self._save()), time.monotonic()
-        return self._finish(listener.received)
+        return self._finish(listener.received, tokens)
+
+    def _read_chunk(self, reader: Reader, tokens: int | None) -> bool:
+        """Read the next chunk; whether it was the last."""
+        began = time.monotonic()
+        left = math.inf if tokens is None else tokens - self._cache.position
+        inputs = int(min(self._chunk, left))
+        wanted = inputs + (left > inputs)  # one more, for the last one to predict
+        taken = joined([self._ahead, reader.take(wanted - self._ahead.count)])
+        is_last = taken.count <= inputs
+        if is_last:
+            self._save()  # with more text or a higher --tokens it goes on from here, as if it had not ended
+        if taken.count:
+            self._read(taken, inputs)
+            self._place = reader.place
+            self._seconds += time.monotonic() - began
+            self._point(is_last)
+        return is_last
+
+    @contextmanager
+    def _saving_before_errors(self) -> Iterator[None]:
+        """Where reading ends in an error between two chunks, keep what was read."""
+        try:
+            yield
+        except ValueError:
+            if self._cache.position == self._counted:
+                self._save()
+            raise
 
     def _read(self, taken: Tokens, inputs: int) -> None:
         """Take the first `inputs` tokens through the network; what comes behind them is predicted too."""
@@ -163,6 +179,7 @@ class _Reading:
         self._score.add(first + 1, nats, taken.text_bytes[1:])
         self._since.add(nats, taken.text_bytes[1:])
         self._ahead = taken.part(slice(inputs, None))
+        self._counted = self._cache.position
 
     def _point(self, is_last: bool) -> None:
         """Add a point to the curve if one is due."""
@@ -205,6 +222,7 @@ class _Reading:
     def _go_on(self, state: dict[str, Any]) -> None:
         """Take over what `_save` saved."""
         self._cache.load_state_dict(state["cache"])
+        self._counted = self._cache.position
         self._place = Place(*state["place"])
         self._ahead = Tokens.of(*state["ahead"])
         self._score = Score.of_state(state["score"])
@@ -212,55 +230,28 @@ class _Reading:
         self._pointed = _Point(*state["pointed"])
         self._seconds, self._memory = state["seconds"], state["memory"]
 
-    def _say_what(self) -> None:
-        trained, corpus = self._trained, self._corpus
-        names = corpus.names if len(corpus.names) <= 3 else [*corpus.names[:2], f"{len(corpus.names) - 2} more"]
-        print(f"stream      {trained.weights}, step {trained.step}")
-        print(f"            {trained.reach()}")
-        print(f"reads       {', '.join(names)} ({corpus.size:,} bytes) as one sequence")
-        print(f"            {self._chunk:,} tokens at a time, into a cache of {table.size(self._cache.nbytes)}")
-        print(f"results in  {self._kept.directory}")
-        if self._cache.position:
-            print(f"goes on     after {self._cache.position:,} tokens")
-        sys.stdout.flush()
-
     def _words(self) -> str:
         bits, rate = self._score.total.bits_per_byte, self._cache.position / self._seconds
         return f"{bits:.4f} bits per byte  {rate:,.0f} tokens/s  {table.size(self._memory)}"
 
-    def _finish(self, signum: int) -> Result:
+    def _finish(self, signum: int, tokens: int | None) -> Result:
         """Say what came of it, and write it down."""
-        position, total = self._cache.position, self._score.total
+        position, place = self._cache.position, self._place
         if not position:
             raise ValueError(f"{', '.join(self._corpus.names)}: there is no text in it")
-        rate = position / self._seconds
-        readings = self._place.reading + (self._place.document > 0 or self._place.token > 0)
-        summary = {
-            "status": "stopped" if signum else "finished",
-            "tokens": position,
-            "text_bytes": round(total.text_bytes),
-            "bits_per_byte": total.bits_per_byte,
-            "tokens_per_second": rate,
-            "seconds": self._seconds,
-            "memory": self._memory,
-            "cache": self._cache.nbytes,
-            "readings": readings,
-            "added_branches": [list(branch) for branch in self._trained.added],
-        }
-        decades = {10**i: d.bits_per_byte for i, d in enumerate(self._score.decades)}
-        summary |= {f"bits_per_byte_from_{first}": bits for first, bits in decades.items()}
-        lines = [
-            f"{summary['status']}    {position:,} tokens as one sequence"
-            + (f"; the files were read {readings} times, the last time perhaps in part" if readings > 1 else ""),
-            f"            {total.bits_per_byte:.4f} bits per byte, {rate:,.0f} tokens per second, "
-            f"{table.duration(self._seconds)}, {table.size(self._memory)} of memory",
-            *(f"            {line}" for line in self._score.lines()),
-        ]
-        if signum:
-            lines.append("            the same command goes on from here")
-        text = "\n".join(lines)
-        self._kept.finish(summary, decades, f"```\n{text}\n```")
-        print(text, flush=True)
+        summary = stream_report.Summary(
+            is_stopped=signum > 0,
+            tokens=position,
+            wanted=tokens,
+            readings=place.reading + (place.document > 0 or place.token > 0),
+            score=self._score,
+            seconds=self._seconds,
+            memory=self._memory,
+            cache=self._cache.nbytes,
+            added=self._trained.added,
+        )
+        self._kept.finish(summary.as_dict(), summary.decades, f"```\n{summary.text()}\n```")
+        print(summary.text(), flush=True)
         return Result(self._kept.directory, position, self._score, self._seconds, signum)
 
 

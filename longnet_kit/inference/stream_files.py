@@ -10,12 +10,11 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from longnet_kit import callbacks, durable, run_lock, runs
 
@@ -36,12 +35,12 @@ class StreamFiles:
         position = 0 if state is None else int(state["position"])
         earlier = runs.rows_until(directory / CURVE, position)
         self._table = callbacks.MetricsTable(directory / CURVE, earlier)
-        self._board = SummaryWriter(str(directory), purge_step=position + 1 if earlier else None)
+        self._board = callbacks.Board(directory.absolute(), position + 1 if earlier else None)
 
     @classmethod
     @contextmanager
     def claim(cls, directory: Path, identity: Mapping[str, Any]) -> Iterator[StreamFiles]:
-        """Make or open the folder and hold it.
+        """Make or open the folder and hold it. What cannot be written later is told of, and reading goes on.
 
         Args:
             identity: plain values that say what is read with which weights.
@@ -49,50 +48,63 @@ class StreamFiles:
         Raises:
             ValueError: it cannot be written, another process is there, or it is of another stream.
         """
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with run_lock.hold(directory) as note:
-                if note:
+        with ExitStack() as held:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                if note := held.enter_context(run_lock.hold(directory)):
                     print(f"note: {note}", flush=True)
                 _check_identity(directory, identity)
                 files = cls(directory, _read_state(directory / STATE))
-                try:
-                    yield files
-                finally:
-                    files._table.save()
-                    files._board.close()
-        except OSError as error:
-            reason = error.strerror or error
-            raise ValueError(f"{directory}: cannot be written ({reason}); name another folder with --output") from error
+            except OSError as error:
+                reason = error.strerror or error
+                raise ValueError(
+                    f"{directory}: cannot be written ({reason}); name another folder with --output"
+                ) from error
+            held.callback(files._close)
+            yield files
 
     def save(self, state: dict[str, Any]) -> float:
-        """Put a state in the place of the last one.
+        """Put a state in the place of the last one, if it can be written.
 
         Returns:
             Seconds that it took.
         """
         began = time.monotonic()
         self._table.save()  # the curve is never behind the state
-        with durable.replacing(self.directory / STATE) as staged:
+        with self._telling(STATE), durable.replacing(self.directory / STATE) as staged:
             torch.save(state, staged)
         return time.monotonic() - began
 
     def point(self, position: int, scalars: Mapping[str, float]) -> None:
         """Add a point to the curve."""
-        self._table.log_metrics(scalars, position)
-        self._table.save()
-        for tag, value in scalars.items():
-            self._board.add_scalar(f"stream/{tag}", value, position)
+        for logger, prefix in ((self._table, ""), (self._board, "stream/")):
+            logger.log_metrics({f"{prefix}{tag}": value for tag, value in scalars.items()}, position)
+            logger.save()
 
     def finish(self, summary: Mapping[str, Any], decades: Mapping[int, float], text: str) -> None:
         """Write the results, also those of each decade, by its first position."""
         for position, bits_per_byte in decades.items():
-            self._board.add_scalar("stream/bits_per_byte_from_position", bits_per_byte, position)
-        self._board.add_text("stream", text)
-        self._board.flush()
+            self._board.log_metrics({"stream/bits_per_byte_from_position": bits_per_byte}, position)
+        self._board.save()
+        with self._telling("TensorBoard's events"):
+            if self._board.is_writable():
+                self._board.experiment.add_text("stream", text)
         plain = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in summary.items()}
-        with durable.replacing(self.directory / runs.SUMMARY) as staged:
+        with self._telling(runs.SUMMARY), durable.replacing(self.directory / runs.SUMMARY) as staged:
             staged.write_text(json.dumps(plain, indent=1) + "\n")
+
+    def _close(self) -> None:
+        self._table.save()
+        self._board.finalize("success")
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        """Say that something cannot be written, and go on."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            print(f"note: {self.directory}: {what} cannot be written ({reason}); reading goes on", flush=True)
 
 
 def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:

@@ -150,6 +150,32 @@ def test_files_are_repeated_on_demand_and_that_is_said(capsys: pytest.CaptureFix
         read(repeat=True)
 
 
+def test_files_that_end_early_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    read(tokens=5000)
+    assert "3,002 tokens as one sequence; there the files end, 5,000 were asked for" in capsys.readouterr().out
+
+
+def test_an_error_in_a_later_file_keeps_what_was_read(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.jsonl").write_text('{"text": "good"}\n{"text": 3}\n')
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bad.jsonl, line 2: 'text' is 3, expected text"):
+            stream("runs/tiny", ["one.txt", "bad.jsonl"], chunk=CHUNK, output="out")
+    assert "goes on     after 1,200 tokens" in capsys.readouterr().out
+
+
+def test_a_full_disk_does_not_end_a_stream(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    undisturbed = told(read(output="undisturbed"))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        assert told(read(output="out")) == undisturbed
+    assert "note: out: state.pt cannot be written (No space left on device); reading goes on" in capsys.readouterr().out
+    assert not list(Path("out").glob("*state*")) and told(read(output="out")) == undisturbed
+
+
 def test_what_is_read_and_with_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     result = read()
     out = capsys.readouterr().out
