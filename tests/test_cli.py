@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 
 from longnet_kit import board, cli, cli_arguments, experiment, export, recipe, shipped, sweep, testing
+from longnet_kit.inference import console, stream
+from longnet_kit.inference.generate import CHUNK
+from longnet_kit.inference.sampling import Sampling
+from longnet_kit.inference.score import Score
 from longnet_kit.recipe import Recipe
 from longnet_kit.report import compare, pattern
 
@@ -98,6 +102,27 @@ def test_board_takes_a_directory_a_host_and_a_port(calls: list[Any]) -> None:
     assert calls == [(Path("runs"), "localhost", None), (Path("elsewhere"), "0.0.0.0", 0)]
 
 
+def test_generate_takes_prompts_and_options_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(console, "run", lambda *arguments, **named: made.append((*arguments, named)))
+    line = "generate --prompt a runs/x --prompt-file f --prompt b --top-k 5 --top-p 0.5 --temperature 0.7 --seed 3"
+    assert cli.main([*line.split(), "--max-new-tokens", "1_000", "--stop", "x", "--json", "--echo"]) == 0
+    named = {"max_new_tokens": 1000, "sampling": Sampling(0.7, 5, 0.5), "seed": 3, "samples": 1, "stop": ["x"]}
+    named |= {"chunk": CHUNK, "max_cached": None, "echo": True, "as_json": True, "device": None}
+    assert made == [("runs/x", ["a", "b"], ["f"], named)]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(0, 0), (15, 143)])
+def test_stream_takes_files_and_options_in_any_order(signum: int, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    result = stream.Result(Path(), 1, Score(), 1.0, signum)
+    monkeypatch.setattr(stream, "stream", lambda *arguments, **named: made.append((*arguments, named)) or result)
+    line = "stream runs/x a.txt --extend b.txt --tokens 1,000,000 --repeat --chunk 64 --errors skip --output d"
+    assert cli.main([*line.split(), "--max-cached", "9", "--device", "cpu"]) == code
+    named = {"tokens": 1_000_000, "repeat": True, "extend": True, "chunk": 64, "errors": "skip", "max_cached": 9}
+    assert made == [("runs/x", ["a.txt", "b.txt"], named | {"output": Path("d"), "device": "cpu"})]
+
+
 def test_check_backend_passes_options_and_its_verdict(
     calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +181,7 @@ def test_list_shows_the_users_recipes_and_says_which_are_broken(
         (["fitt", "quickstart"], "did you mean 'fit'?"),
         (
             ["frobnicate"],
-            "known: board, check-backend, compare, export, fit, list, pattern, plan, show, sweep, test, validate",
+            "known: board, check-backend, compare, export, fit, generate, list, pattern, plan, show, stream, sweep, test, validate",
         ),
         (["fit"], "usage: longnet fit"),
         (["fit", "quickstart", "--model.layers=2"], "keys of the recipe are set without dashes: key.path=value"),

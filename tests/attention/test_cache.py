@@ -92,6 +92,20 @@ def test_narrow_dtypes_stream(name: str, dtype: torch.dtype) -> None:
     assert (out.double() - whole).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "within"), [(torch.float64, EXACT), (torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 5e-3)]
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_gpu_streams(name: str, dtype: torch.dtype, within: float) -> None:
+    qkv = stream(2, 150, 4, 16)
+    backend = attention.build(CONFIGS[name])
+    whole = backend(*qkv.unbind(2))
+    cache = backend.new_cache(2, 4, 16, dtype=dtype, device="cuda")
+    out = chunked(backend, qkv.to("cuda", dtype), [1, 2, 30, 31, 97], cache)
+    assert (out.double().cpu() - whole).abs().max() < within
+
+
 @example(options={"segment_lengths": [7, 14], "dilation_rates": [1, 2]}, tokens=3, first=4, heads=2)  # ends a segment
 @example(options={"segment_lengths": [7, 14], "dilation_rates": [1, 2]}, tokens=17, first=11, heads=2)
 @given(options=dilated_options(), tokens=st.integers(1, 60), first=st.integers(0, 200), heads=st.integers(1, 7))
