@@ -181,7 +181,8 @@ def test_list_shows_the_users_recipes_and_says_which_are_broken(
         (["fitt", "quickstart"], "did you mean 'fit'?"),
         (
             ["frobnicate"],
-            "known: board, check-backend, compare, export, fit, generate, list, pattern, plan, show, stream, sweep, test, validate",
+            "known: board, check-backend, compare, export, fit, generate, list, pattern, plan, show, stream, sweep, "
+            "test, validate",
         ),
         (["fit"], "usage: longnet fit"),
         (["fit", "quickstart", "--model.layers=2"], "keys of the recipe are set without dashes: key.path=value"),
