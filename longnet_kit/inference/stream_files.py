@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from longnet_kit import callbacks, durable, run_lock, runs
 
 STATE, CURVE, IDENTITY = "state.pt", "curve.csv", "stream.json"
+_DECADES = ".decades"
+"""Ending of the event file with the results by decade, which the next ones replace."""
 
 
 class StreamFiles:
@@ -83,12 +86,15 @@ class StreamFiles:
 
     def finish(self, summary: Mapping[str, Any], decades: Mapping[int, float], text: str) -> None:
         """Write the results, also those of each decade, by its first position."""
-        for position, bits_per_byte in decades.items():
-            self._board.log_metrics({"stream/bits_per_byte_from_position": bits_per_byte}, position)
         self._board.save()
         with self._telling("TensorBoard's events"):
+            for earlier in self.directory.glob(f"*{_DECADES}"):  # of a stream that was shorter then
+                earlier.unlink()
             if self._board.is_writable():
                 self._board.experiment.add_text("stream", text)
+                with SummaryWriter(str(self.directory), filename_suffix=_DECADES) as writer:
+                    for position, bits_per_byte in decades.items():
+                        writer.add_scalar("stream/bits_per_byte_from_position", bits_per_byte, position)
         plain = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in summary.items()}
         with self._telling(runs.SUMMARY), durable.replacing(self.directory / runs.SUMMARY) as staged:
             staged.write_text(json.dumps(plain, indent=1) + "\n")

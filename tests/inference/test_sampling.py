@@ -58,6 +58,11 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p: float, kept: list[int]) -> 
     assert distribution(top_p=top_p) == pytest.approx((expected / expected.sum()).tolist())
 
 
+def test_top_p_that_is_reached_exactly_takes_no_more() -> None:
+    found = Sampling(top_p=0.5).probabilities(torch.tensor([0.25, 0.5, 0.25]).log())
+    assert found.tolist() == [0, 1, 0]
+
+
 def test_top_p_is_of_what_temperature_and_top_k_leave() -> None:
     """0.4, 0.25 and 0.2 remain, as 0.47, 0.29 and 0.24 of the whole."""
     assert [p > 0 for p in distribution(top_k=3, top_p=0.75)] == [False, True, False, True, False]

@@ -200,6 +200,8 @@ def test_the_same_command_finds_its_own_results(text: bytes) -> None:
 
 
 def test_tensorboard_shows_the_curve() -> None:
+    """Of a stream in two goes, each point once."""
+    read(chunk=100, tokens=1750)
     result = read(chunk=100)
     events = EventAccumulator(str(result.directory), size_guidance={"scalars": 0})
     events.Reload()
