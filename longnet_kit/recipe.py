@@ -33,7 +33,7 @@ from longnet_kit.recipe_yaml import Dumper, Excess, Problem
 
 __all__ = [
     "Checkpoint", "Data", "Model", "Optimizer", "Recipe", "RecipeError", "Strategy", "dumps", "load",
-    "load_saved", "parse_options", "save", "to_dict",
+    "load_saved", "loads", "parse_options", "save", "to_dict",
 ]  # fmt: skip
 
 Values = dict[str, Any]
@@ -62,11 +62,27 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file cannot be read, or keys are unknown, mistyped, out of range or at odds with each other.
     """
     file = _find(path)
-    subject = str(path)
-    dotlist, problems = recipe_files.parse_dotlist(overrides)
     files, found, complete = recipe_files.read_chain(file)
+    return _merged(str(path), file, files if complete else None, found, overrides)
+
+
+def loads(text: str, file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe that `dumps` wrote, as `load` reads it; `file` is where it was found, and plug-ins are beside that.
+
+    Raises:
+        RecipeError: as of `load`.
+    """
+    layer, found = recipe_files.read_text(text, recipe_files.show(file), file.parent)
+    return _merged(str(file), file, None if layer is None else [layer], found, overrides)
+
+
+def _merged(
+    subject: str, file: Path, files: list[Layer] | None, found: list[Problem], overrides: Sequence[str]
+) -> Recipe:
+    """Merge and check layers, lowest first, and the command line's items over them; None: they could not be read."""
+    dotlist, problems = recipe_files.parse_dotlist(overrides)
     problems = found + problems
-    if not complete:
+    if files is None:
         raise RecipeError(subject, problems)
     layers = [*files, dotlist]
     merged = reduce(overlay, (layer.values for layer in layers), defaults())

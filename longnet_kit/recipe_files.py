@@ -88,6 +88,11 @@ def read_file(path: Path) -> tuple[Layer | None, list[Problem]]:
         return None, [Problem("", f"{name}:{line}", f"is not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8")]
     except OSError as error:
         return None, [Problem("", name, f"cannot be read: {error.strerror}")]
+    return read_text(text, name, path.parent)
+
+
+def read_text(text: str, name: str, folder: Path) -> tuple[Layer | None, list[Problem]]:
+    """A recipe's text, which problems call `name`, as if it stood in a file in the folder."""
     reader = Reader(name)
     try:
         values = reader.read(text)
@@ -101,7 +106,7 @@ def read_file(path: Path) -> tuple[Layer | None, list[Problem]]:
     if not isinstance(values, dict):
         kind = typed.describe(type(values))
         return None, [*reader.problems, Problem("", name, f"holds {kind}, expected `key: value` lines at the top")]
-    return Layer(values, reader.places, path.parent), reader.problems
+    return Layer(values, reader.places, folder), reader.problems
 
 
 def parse_dotlist(items: Sequence[str]) -> tuple[Layer, list[Problem]]:

@@ -27,6 +27,8 @@ class Cache(ABC):
 
     position: int
     """Tokens of each stream that it has seen."""
+    max_tokens: int | None = None
+    """How many it takes at most; None: any number, without growing."""
 
     def __init__(
         self,
@@ -43,6 +45,11 @@ class Cache(ABC):
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         self.device = torch.empty(0, device=device).device
         self.position = 0
+
+    def space(self, *shape: int) -> Tensor:
+        """Zeros of its dtype on its device, which can be written to in inference mode and outside of it."""
+        with torch.inference_mode(False):
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @property
     @abstractmethod
@@ -93,10 +100,10 @@ class KeyValueCache(Cache):
         self, batch_size: int, heads: int, head_dim: int, *, max_tokens: int | None = None, **factory: Any
     ) -> None:
         super().__init__(batch_size, heads, head_dim, **factory)
-        self.max_tokens = MAX_TOKENS if max_tokens is None else max_tokens
+        self.max_tokens: int = MAX_TOKENS if max_tokens is None else max_tokens
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
-        self._entries = self._space(0)  # (2, B, tokens it has room for, H, D)
+        self._entries = self._room(0)
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +125,7 @@ class KeyValueCache(Cache):
         """
         start, self.position = self.position, self.position + k.shape[1]
         if self.position > self._entries.shape[2]:
-            grown = self._space(min(self.max_tokens, max(self.position, 2 * self._entries.shape[2])))
+            grown = self._room(min(self.max_tokens, max(self.position, 2 * self._entries.shape[2])))
             grown[:, :, :start] = self._entries[:, :, :start]
             self._entries = grown
         self._entries[0, :, start : self.position] = k
@@ -138,9 +145,8 @@ class KeyValueCache(Cache):
             )
         self.position = 0
         self.check_room(position)
-        self._entries = entries.to(self.device, copy=True)
+        self._entries = self._room(position).copy_(entries)
         self.position = position
 
-    def _space(self, tokens: int) -> Tensor:
-        shape = 2, self.batch_size, tokens, self.heads, self.head_dim
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+    def _room(self, tokens: int) -> Tensor:
+        return self.space(2, self.batch_size, tokens, self.heads, self.head_dim)

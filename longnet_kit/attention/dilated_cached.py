@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from longnet_kit.attention import flash
@@ -49,8 +48,7 @@ class DilatedCache(Cache):
         self.branches, total = [], 0
         for w, r in sorted(branches, key=lambda branch: branch[1]):
             self.branches.append(_Branch(w, r, slice(total, total := total + -(-w // r))))
-        shape = 2, batch_size, heads, total, head_dim
-        self.entries = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.entries = self.space(2, batch_size, heads, total, head_dim)
 
     @property
     def nbytes(self) -> int:

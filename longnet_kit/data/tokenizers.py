@@ -89,26 +89,39 @@ class Decoder:
 
 
 class _DecoderOfText(Decoder):
-    """Where tokens have text alone and no bytes: by the `tokenizers` library's own stream."""
+    """Where tokens have text alone and no bytes: what a token adds to the text of those right before it.
+
+    Tokens of bytes that never become a character are given up after a while, so together the pieces may hold fewer
+    or more replacement characters than `decode` gives.
+    """
 
     def __init__(self, tokenizer: JSON) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=False)
-        self._ids: list[int] = []
-        self._given = 0
+        self._decode, self._eos = tokenizer.decode, tokenizer.eos
+        self._told: list[int] = []
+        """The last tokens whose text is out: some tokens' text depends on the one before."""
+        self._held: list[int] = []
 
     def add(self, token: int) -> str:
-        if token == self._tokenizer.eos:
-            return ""
-        self._ids += _checked([token], self._tokenizer)
-        with _library_errors(self._tokenizer.name):
-            piece = self._stream.step(self._tokenizer._tokenizer, token) or ""
-        self._given += len(piece)
-        return piece
+        if token != self._eos:
+            self._held.append(token)
+        piece = self._piece()
+        is_cut = piece.endswith("\N{REPLACEMENT CHARACTER}") and len(self._held) < _LONGEST_CHARACTER
+        return "" if is_cut else self._tell(piece)
 
     def finish(self) -> str:
-        return self._tokenizer.decode(self._ids)[self._given :]
+        return self._tell(self._piece())
+
+    def _piece(self) -> str:
+        return self._decode([*self._told, *self._held])[len(self._decode(self._told)) :]
+
+    def _tell(self, piece: str) -> str:
+        if piece and self._held:
+            self._told, self._held = self._held, []
+        return piece
+
+
+_LONGEST_CHARACTER = 8
+"""Tokens that may make up a character: four bytes, and as many again where a tokenizer divides them further."""
 
 
 class Bytes(Tokenizer):

@@ -5,11 +5,12 @@ Standard output holds text alone, or JSON lines; progress and rates go to standa
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,10 +83,12 @@ def run(
         for name, raw in texts
         for _ in range(samples)
     ]
-    printer = _Printer(rows, echo, as_json)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the terminal has no such character
     longest = max(len(row.ids) for row in rows)
     began = time.monotonic()
     with progress.Reading(longest, file=sys.stderr) as bar:
+        printer = _Printer(rows, echo, as_json, bar.close if sys.stdout.isatty() else lambda: None)
         generate.generate(
             trained,
             [row.ids for row in rows],
@@ -106,8 +109,9 @@ def run(
 class _Printer:
     """Prints the first row that has not ended as it grows, and those after it when its turn comes."""
 
-    def __init__(self, rows: list[_Row], echo: bool, as_json: bool) -> None:
-        self._rows, self._echo, self._as_json = rows, echo, as_json
+    def __init__(self, rows: list[_Row], echo: bool, as_json: bool, clear: Callable[[], None]) -> None:
+        """`clear` makes room on the terminal before anything is printed."""
+        self._rows, self._echo, self._as_json, self._clear = rows, echo, as_json, clear
         self._current, self._shown = 0, 0
         self._has_begun = False
 
@@ -125,6 +129,7 @@ class _Printer:
         return not row.end
 
     def _print(self) -> None:
+        self._clear()
         while self._current < len(self._rows):
             row = self._rows[self._current]
             if not self._as_json:
@@ -133,7 +138,8 @@ class _Printer:
                 return
             if self._as_json:
                 whole = {"prompt": row.prompt, "text": row.stream.text, "tokens": row.tokens, "end": row.end}
-                print(json.dumps(whole, ensure_ascii=False), flush=True)
+                is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+                print(json.dumps(whole, ensure_ascii=not is_unicode), flush=True)
             else:
                 print(flush=True)
             self._current, self._shown, self._has_begun = self._current + 1, 0, False
@@ -160,12 +166,13 @@ def _content(path: str | Path) -> bytes:
 
 
 def _encoded(name: str, raw: bytes, tokenizer: Tokenizer) -> list[int]:
-    if not tokenizer.takes_bytes:
-        try:
-            return [int(i) for i in tokenizer.encode(raw.decode())]
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{name}: byte {error.start} (0x{raw[error.start]:02x}) is not UTF-8, which the tokenizer "
-                f"{tokenizer.name} needs; give valid text, or use a model with tokenizer: bytes"
-            ) from error
-    return [int(i) for i in tokenizer.encode(raw)]
+    try:
+        ids = tokenizer.encode(raw if tokenizer.takes_bytes else raw.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: byte {error.start} (0x{raw[error.start]:02x}) is not UTF-8, which the tokenizer "
+            f"{tokenizer.name} needs; give valid text, or use a model with tokenizer: bytes"
+        ) from error
+    if not len(ids):
+        raise ValueError(f"{name} holds nothing that the tokenizer {tokenizer.name} has a token for; give other text")
+    return [int(i) for i in ids]

@@ -19,6 +19,8 @@ CHUNK = 16_384
 
 Accept = Callable[[int, int], bool]
 
+_SEEDS = 2**63
+
 
 def generate(
     trained: Trained,
@@ -51,7 +53,7 @@ def generate(
         ValueError: a prompt is empty or holds what is no token, a number is below 1, or the text outgrows the cache or
             the position embedding.
     """
-    _check(prompts, max_new_tokens, chunk)
+    _check(prompts, max_new_tokens, chunk, seed)
     network, eos = trained.network, trained.tokenizer.eos
     sampling = Sampling() if sampling is None else sampling
     rows = [list(prompt) for prompt in prompts]
@@ -80,7 +82,7 @@ def generate(
     return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int) -> None:
+def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int, seed: int) -> None:
     if not prompts:
         raise ValueError("there is no prompt; give at least one")
     for number, prompt in enumerate(prompts, start=1):
@@ -89,3 +91,5 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int) ->
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
+    if not 0 <= seed < _SEEDS - len(prompts):
+        raise ValueError(f"seed is {seed}, expected 0 to {_SEEDS - len(prompts) - 1}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -80,8 +79,7 @@ def load(source: str | Path, reach: int | None = None, device: str | None = None
         ValueError: there is no such network, its weights do not fit, its tokenizer cannot be had, or `reach` is given
             and its attention has no branches.
     """
-    source = Path(source)
-    r, path = _exported(source) if source.suffix == weights.EXPORTED else _of_run(source)
+    r, path = find(source)
     added: list[tuple[int, int]] = []
     if reach is not None:
         added = _further_branches(r, reach)
@@ -97,6 +95,16 @@ def load(source: str | Path, reach: int | None = None, device: str | None = None
     return Trained(network.to(_device(r, device)).eval(), tokenizer, r, path, step, added)
 
 
+def find(source: str | Path) -> tuple[Recipe, Path]:
+    """The recipe of a network, and the file of its weights; `source` as of `load`.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    source = Path(source)
+    return _exported(source) if source.suffix == weights.EXPORTED else _of_run(source)
+
+
 def _of_run(source: Path) -> tuple[Recipe, Path]:
     if source.suffix == ".ckpt":
         raise ValueError(f"{source} is a checkpoint; give the run that it is of, or `longnet export` it first")
@@ -110,10 +118,7 @@ def _exported(source: Path) -> tuple[Recipe, Path]:
     metadata = _metadata(source)
     if "recipe" not in metadata:
         raise ValueError(f"{source} holds no recipe, so it was not made by `longnet export`; give one that was")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, f"{source.stem}.yaml")
-        file.write_text(metadata["recipe"], encoding="utf-8")
-        return recipe.load(file, ["init_from=null", "resume=null"]), source
+    return recipe.loads(metadata["recipe"], source, ["init_from=null", "resume=null"]), source
 
 
 def _exported_step(source: Path) -> int:

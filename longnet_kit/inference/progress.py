@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -32,7 +33,10 @@ class Reading:
         self._bar: Progress | None = None
         if self._file.isatty():
             columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}")
-            self._bar = Progress(*columns, console=Console(file=self._file), refresh_per_second=4, transient=True)
+            self._bar = Progress(
+                *columns, console=Console(file=self._file), refresh_per_second=4, transient=True,
+                redirect_stdout=False, redirect_stderr=False,
+            )  # fmt: skip
             self._task = self._bar.add_task("read", total=total, completed=done, words="")
 
     def __enter__(self) -> Reading:
@@ -44,9 +48,11 @@ class Reading:
         self.close()
 
     def close(self) -> None:
-        """It is read."""
+        """Take the bar away for good: it is read, or the place is needed for something else."""
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
+            self._seconds = math.inf
 
     def update(self, done: int, words: str = "") -> None:
         """So many were read; `words` says more."""

@@ -43,6 +43,7 @@ class Sampling:
         if self.temperature == 0:
             best = logits.argmax(-1, keepdim=True)
             return torch.zeros_like(logits).scatter_(-1, best, 1.0)
+        logits = logits - logits.amax(-1, keepdim=True)  # at most 0: no temperature is too low
         ordered, order = (logits / self.temperature).sort(dim=-1, descending=True, stable=True)
         if self.top_k is not None:
             ordered[..., self.top_k :] = -torch.inf

@@ -43,6 +43,12 @@ class StreamCache:
         """Bytes that all layers hold now."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def max_tokens(self) -> int | None:
+        """How many tokens it takes at most; None: any number, without growing."""
+        limits = [layer.max_tokens for layer in self.layers if layer.max_tokens is not None]
+        return min(limits, default=None)
+
     def check(self, network: Transformer, tokens: Tensor) -> None:
         """Raise a ValueError unless the network may go on with it through the next tokens, (B, n)."""
         if self._network is not network:
@@ -55,6 +61,12 @@ class StreamCache:
             raise ValueError(
                 f"the cache is for {self.batch_size} streams, and tokens has a batch of {tokens.shape[0]}; make one "
                 f"with new_cache({tokens.shape[0]})"
+            )
+        dtype = computing_dtype(network.embedding.weight)
+        if any(layer.dtype != dtype for layer in self.layers):
+            raise ValueError(
+                f"the cache holds {self.layers[0].dtype} and the model computes in {dtype} now; make one with "
+                "new_cache under the same autocast"
             )
         self.check_room(tokens.shape[1])
 
@@ -107,10 +119,21 @@ class StreamCache:
             )
         if state["weights"] != fingerprint(self._network):
             raise ValueError("the saved cache is of a model like this one with other weights; load those weights first")
+        layers, position = state["layers"], state["position"]
+        fits = isinstance(layers, Sequence) and len(layers) == len(self.layers)
+        if not fits or any(not isinstance(x, Mapping) or x.get("position") != position for x in layers):
+            raise ValueError("this is no state of a cache: its layers are not all there, or at different positions")
         self._is_whole = False
-        for layer, layer_state in zip(self.layers, state["layers"], strict=True):
+        for layer, layer_state in zip(self.layers, layers, strict=True):
             layer.load_state_dict(layer_state)
-        self.position, self._is_whole = int(state["position"]), True
+        self.position, self._is_whole = int(position), True
+
+
+def computing_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a layer's output for such weights, autocast considered."""
+    if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
 
 
 def fingerprint(network: Transformer) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -39,6 +38,7 @@ class Rope:
                 "is even, or positions: none"
             )
         self.head_dim = head_dim
+        self._steps = _steps(head_dim)
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What `rotate` multiplies with.
@@ -58,7 +58,7 @@ class Rope:
 
     def _halves(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (..., N, 1, D/2) float64; the dimension of size 1 is query or key."""
-        step = torch.tensor(_steps(self.head_dim), dtype=torch.int64, device=positions.device)
+        step = torch.tensor(self._steps, dtype=torch.int64, device=positions.device)
         turned = positions.long()[..., None, None] * step  # whole turns overflow, and are gone
         angles = turned.double() * (2 * math.pi / 2**64)
         return angles.cos(), angles.sin()
@@ -98,8 +98,9 @@ class XPos(Rope):
         if 2 * max(self.centre, length - self.centre) > longest:
             seq_len = int(2 * self.centre)
             given = f"{length:,} tokens" + (f" in a model built for {seq_len:,}" if seq_len != length else "")
+            reached = longest if seq_len == length else int(longest / 2 + self.centre)
             raise ValueError(
-                f"positions: xpos reaches {longest:,} tokens in {str(self.dtype).removeprefix('torch.')} before its "
+                f"positions: xpos reaches {reached:,} tokens in {str(self.dtype).removeprefix('torch.')} before its "
                 f"decay factor leaves the number range, and got {given}; use positions: rope, a shorter seq_len, or a "
                 "precision of wider range (float32 and bfloat16 reach the same length)"
             )
@@ -155,7 +156,6 @@ def rotate(qk: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 _PI = Fraction("3.14159265358979323846264338327950288419716939937511")
 
 
-@lru_cache
 def _steps(head_dim: int) -> tuple[int, ...]:
     """By how many 2^-64 of a turn each pair of dimensions turns per position: 10000^(-2i/D) radians."""
     return tuple(round(Fraction(BASE ** -(i / head_dim)) / (2 * _PI) * 2**64) for i in range(0, head_dim, 2))

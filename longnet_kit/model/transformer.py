@@ -1,8 +1,4 @@
-"""The Transformer of the LongNet paper: MAGNETO blocks (arXiv 2210.06423) around any attention backend.
-
-A block is x + W_o LN(attention(LN x)), then x + W_2 LN(GELU(W_1 LN x)): a layer norm before each sublayer and another
-before its last projection (sub-LN). The embedding is also the head.
-"""
+"""The Transformer of the LongNet paper: blocks, on whole sequences or on a stream. The embedding is also the head."""
 
 from __future__ import annotations
 
@@ -17,15 +13,14 @@ from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from longnet_kit import attention as backends
-from longnet_kit.attention import AttentionBackend, Cache
+from longnet_kit.attention import AttentionBackend
 from longnet_kit.attention.sharding import SequenceShard
 from longnet_kit.model import positions as position_embeddings
-from longnet_kit.model.cache import StreamCache
+from longnet_kit.model.blocks import Block, Tables
+from longnet_kit.model.cache import StreamCache, computing_dtype
 from longnet_kit.model.dropout import Dropout
-from longnet_kit.model.positions import Kind, rotate
+from longnet_kit.model.positions import Kind
 
-Tables = tuple[Tensor, Tensor]
 Checkpointing = Literal["none", "blocks", "blocks_on_cpu"]
 
 
@@ -132,7 +127,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits of the next token, (B, N, V); the arguments are those of `hidden`."""
         hidden = self.hidden(tokens, positions=positions, key_padding_mask=key_padding_mask, cache=cache)
-        return F.linear(hidden, self.embedding.weight)
+        with nullcontext() if cache is None else torch.no_grad():
+            return F.linear(hidden, self.embedding.weight)
 
     def hidden(
         self,
@@ -188,10 +184,7 @@ class Transformer(nn.Module):
         if not self.causal:
             raise ValueError("the model is not causal: what comes later changes its past, so it has no cache")
         weight = self.embedding.weight
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        factory = {"dtype": dtype, "device": weight.device, "max_tokens": max_tokens}
+        factory = {"dtype": computing_dtype(weight), "device": weight.device, "max_tokens": max_tokens}
         layers = [block.attention.new_cache(batch_size, **factory) for block in self.blocks]
         return StreamCache(self, layers, batch_size)
 
@@ -206,21 +199,27 @@ class Transformer(nn.Module):
             raise ValueError("a cache is for evaluation, and the model is in training with dropout; call eval() first")
         tables = self._tables(tokens, positions, cache.position)
         cache.check(self, tokens)
-        if not tokens.numel():
-            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give at least one token")
-        self._check_vocabulary(tokens)
+        self._check_tokens(tokens)
         with cache.advancing(tokens.shape[1]):
             x = self.embedding(tokens)
             for block, layer in zip(self.blocks, cache.layers, strict=True):
                 x = block(x, tables, None, layer)
         return self.norm(x)
 
-    def _check_vocabulary(self, tokens: Tensor) -> None:
+    def _check_tokens(self, tokens: Tensor) -> None:
+        """Raise a ValueError for what an embedding would answer with an error of its own, half-way."""
+        weight = self.embedding.weight
+        if not tokens.numel():
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give at least one token")
+        if tokens.dtype not in (torch.int32, torch.int64) or tokens.device != weight.device:
+            raise ValueError(
+                f"tokens is {tokens.dtype} on {tokens.device}, expected torch.int64 or int32 on {weight.device}"
+            )
         smallest, largest = (int(x) for x in tokens.aminmax())
-        if smallest < 0 or largest >= self.embedding.num_embeddings:
+        if smallest < 0 or largest >= len(weight):
             raise ValueError(
                 f"tokens holds {smallest if smallest < 0 else largest}, and the model's vocabulary is 0 to "
-                f"{self.embedding.num_embeddings - 1}; was the text encoded with another tokenizer?"
+                f"{len(weight) - 1}; was the text encoded with another tokenizer?"
             )
 
     def _keeping(self, x: Tensor) -> AbstractContextManager:
@@ -270,122 +269,3 @@ class Transformer(nn.Module):
             return None
         dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
         return self.positions.tables(positions, dtype)
-
-
-class Block(nn.Module):
-    """Attention, then the feed-forward network, each added to the residual stream."""
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        ffn_dim: int,
-        dropout: float,
-        causal: bool,
-        attention: Mapping[str, Any],
-        ffn_chunk: int | None,
-    ) -> None:
-        super().__init__()
-        self.attention = SelfAttention(dim, heads, causal, backends.build(attention))
-        self.feed_forward = FeedForward(dim, ffn_dim, ffn_chunk)
-        self.dropout = Dropout(dropout)
-
-    def forward(
-        self, x: Tensor, tables: Tables | None, key_padding_mask: Tensor | None, cache: Cache | None = None
-    ) -> Tensor:
-        x = x + self.dropout(self.attention(x, tables, key_padding_mask, cache))
-        return x + self.dropout(self.feed_forward(x))
-
-    def reset_parameters(self, gain: float) -> None:
-        self.attention.reset_parameters(gain)
-        self.feed_forward.reset_parameters(gain)
-
-    def flops(self, seq_len: int) -> int | None:
-        """Of one forward over one sequence: two per weight of a matrix and token, and the backend's."""
-        attention = self.attention
-        head_dim = attention.out.in_features // attention.heads
-        pairs = attention.backend.flops(seq_len, attention.heads, head_dim, attention.causal)
-        if pairs is None:
-            return None
-        linear = (m for m in self.modules() if isinstance(m, nn.Linear))
-        return pairs + sum(2 * seq_len * m.weight.numel() for m in linear)
-
-
-class SelfAttention(nn.Module):
-    """W_o LN(attention(LN x)); (B, N, dim) in and out."""
-
-    def __init__(self, dim: int, heads: int, causal: bool, backend: AttentionBackend) -> None:
-        super().__init__()
-        self.heads = heads
-        self.causal = causal
-        self.norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.backend = backend
-        self.inner_norm = nn.LayerNorm(dim)
-        self.out = nn.Linear(dim, dim)
-
-    def forward(
-        self, x: Tensor, tables: Tables | None, key_padding_mask: Tensor | None, cache: Cache | None = None
-    ) -> Tensor:
-        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
-        qk, v = qkv.split((2, 1), dim=2)
-        if tables is not None:
-            qk = rotate(qk, tables)
-        (q, k), v = qk.unbind(2), v.squeeze(2)
-        out = self.backend(q, k, v, causal=self.causal, key_padding_mask=key_padding_mask, cache=cache)
-        return self.out(self.inner_norm(out.flatten(2)))
-
-    def new_cache(self, batch_size: int, **factory: Any) -> Cache:
-        """The backend's, see `Transformer.new_cache`."""
-        return self.backend.new_cache(batch_size, self.heads, self.out.in_features // self.heads, **factory)
-
-    def reset_parameters(self, gain: float) -> None:
-        """Xavier normal, q, k and v as matrices of their own; q and k keep gain 1."""
-        for part, part_gain in zip(self.qkv.weight.chunk(3), (1.0, 1.0, gain), strict=True):
-            nn.init.xavier_normal_(part, part_gain)
-        nn.init.zeros_(self.qkv.bias)
-        _reset_linear(self.out, gain)
-        self.norm.reset_parameters()
-        self.inner_norm.reset_parameters()
-
-
-class FeedForward(nn.Module):
-    """W_2 LN(GELU(W_1 LN x)); (B, N, dim) in and out.
-
-    Args:
-        chunk: tokens that are taken at a time, so that of the wide states between the layers no more are ever in
-            memory: the backward pass computes them again. None: all, and nothing twice.
-    """
-
-    def __init__(self, dim: int, ffn_dim: int, chunk: int | None = None) -> None:
-        super().__init__()
-        self.chunk = chunk
-        self.norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, ffn_dim)
-        self.inner_norm = nn.LayerNorm(ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, 1)
-        if self.chunk is None or len(tokens) <= self.chunk:
-            return self._layers(x)
-        parts = tokens.split(self.chunk)
-        if torch.is_grad_enabled():
-            parts = [checkpoint(self._layers, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-        else:
-            parts = [self._layers(part) for part in parts]
-        return torch.cat(parts).view(x.shape)
-
-    def _layers(self, x: Tensor) -> Tensor:
-        return self.fc2(self.inner_norm(F.gelu(self.fc1(self.norm(x)))))
-
-    def reset_parameters(self, gain: float) -> None:
-        _reset_linear(self.fc1, gain)
-        _reset_linear(self.fc2, gain)
-        self.norm.reset_parameters()
-        self.inner_norm.reset_parameters()
-
-
-def _reset_linear(linear: nn.Linear, gain: float) -> None:
-    nn.init.xavier_normal_(linear.weight, gain)
-    nn.init.zeros_(linear.bias)

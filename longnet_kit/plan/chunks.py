@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from longnet_kit.model import Transformer
+from longnet_kit.model.blocks import FeedForward
 from longnet_kit.model.loss import IGNORED, default_chunk, token_losses
-from longnet_kit.model.transformer import FeedForward
 from longnet_kit.plan.ledger import Ledger
 
 CHUNKS = 3

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from longnet_kit import experiment, placement
 from longnet_kit.attention.sharding import bind
 from longnet_kit.model import compute_dtype
-from longnet_kit.model.transformer import FeedForward
+from longnet_kit.model.blocks import FeedForward
 from longnet_kit.parallel import batches
 from longnet_kit.parallel.fsdp import fsdp_units
 from longnet_kit.plan import chunks

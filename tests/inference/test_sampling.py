@@ -72,7 +72,7 @@ def test_top_p_is_of_what_temperature_and_top_k_leave() -> None:
 
 @given(
     logits=st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=30),
-    temperature=st.floats(1e-3, 1e3),
+    temperature=st.one_of(st.floats(1e-3, 1e3), st.floats(5e-324, 1e300)),
     top_k=st.one_of(st.none(), st.integers(1, 40)),
     top_p=st.floats(1e-12, 1),
 )

@@ -55,8 +55,12 @@ def test_what_may_begin_a_stop_string_is_held_back() -> None:
     assert stream.finish() == "\n"
 
 
-@pytest.fixture
-def bpe(tmp_path: Path) -> Tokenizer:
+def saved(tokenizer: library.Tokenizer, folder: Path) -> Tokenizer:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizers.build(str(folder / "tokenizer.json"))
+
+
+def byte_level(folder: Path) -> Tokenizer:
     """A byte-level BPE, whose tokens cut characters apart."""
     trainer = library.trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<eos>"], initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet()
@@ -65,19 +69,69 @@ def bpe(tmp_path: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
     tokenizer.train_from_iterator(["for é in range(10): print('€uro', 😀)\n"] * 20, trainer)
-    tokenizer.save(str(tmp_path / "bpe.json"))
-    return tokenizers.build(str(tmp_path / "bpe.json"))
+    return saved(tokenizer, folder)
 
 
-@pytest.mark.parametrize("text", ["for é in range(3):\n", "😀€é plain", "  two  spaces", "日本語 ñandú", ""])
-def test_tokens_of_a_json_tokenizer_come_as_text(bpe: Tokenizer, text: str) -> None:
-    ids = [int(i) for i in bpe.encode(text)]
-    stream = TextStream(bpe)
-    told = pieces(stream, [*ids, bpe.eos])
-    assert "".join(told) == text == stream.text
+def byte_fallback(folder: Path) -> Tokenizer:
+    """As of SentencePiece: words with their space, and bytes for what no word is made of."""
+    words = ["<eos>", "▁", "a", "b", "▁a", "▁b", "▁ab", "\n", *(f"<0x{i:02X}>" for i in range(256))]
+    merges = [("▁", "a"), ("▁", "b"), ("▁a", "b")]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = library.Tokenizer(library.models.BPE(vocabulary, merges, byte_fallback=True))
+    tokenizer.normalizer = library.normalizers.Sequence(
+        [library.normalizers.Prepend("▁"), library.normalizers.Replace(" ", "▁")]
+    )
+    decoders = library.decoders
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return saved(tokenizer, folder)
+
+
+KINDS = {"byte level": byte_level, "byte fallback": byte_fallback}
+
+
+@pytest.mark.parametrize(
+    "text", ["for é in range(3):\n", "😀€é plain", "a  b ab", "ab\n ab", "日本語 ñandú", "", " b", "a " * 100]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_a_json_tokenizer_come_as_text(kind: str, text: str, tmp_path: Path) -> None:
+    tokenizer = KINDS[kind](tmp_path)
+    ids = [int(i) for i in tokenizer.encode(text)]
+    stream = TextStream(tokenizer)
+    told = pieces(stream, [*ids, tokenizer.eos])
+    assert "".join(told) == text == stream.text == tokenizer.decode(ids)
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(told)
+    assert len(told) < 4 or sum(map(bool, told)) > len(text) // 4, "it comes while it is drawn"
 
 
-def test_half_a_character_of_a_json_tokenizer_is_told_in_the_end(bpe: Tokenizer) -> None:
-    ids = [int(i) for i in bpe.encode("a日")][:-1]
-    assert "".join(pieces(TextStream(bpe), ids)) == bpe.decode(ids)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_text_comes_as_it_is_decoded(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    tokenizer = KINDS[kind](tmp_path_factory.mktemp("kind"))
+
+    @given(st.text(st.one_of(st.sampled_from("ab \né€😀"), st.characters(codec="utf-8")), max_size=30))
+    def check(text: str) -> None:
+        ids = [int(i) for i in tokenizer.encode(text)]
+        assert "".join(pieces(TextStream(tokenizer), ids)) == tokenizer.decode(ids)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_make_no_character_are_given_up(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A byte fallback decodes a run of bytes as a whole, which no piece can know; words come unchanged."""
+    tokenizer = KINDS[kind](tmp_path_factory.mktemp("kind"))
+    word = [int(i) for i in tokenizer.encode("ab")]
+
+    @given(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
+    def check(ids: list[int]) -> None:
+        told = pieces(TextStream(tokenizer), [*ids, *word, *word])
+        assert "".join(told).replace(" ", "").endswith("abab")
+
+    check()
+
+
+def test_half_a_character_of_a_json_tokenizer_is_told_in_the_end(tmp_path: Path) -> None:
+    tokenizer = byte_level(tmp_path)
+    ids = [int(i) for i in tokenizer.encode("a日")][:-1]
+    assert "".join(pieces(TextStream(tokenizer), ids)) == tokenizer.decode(ids)

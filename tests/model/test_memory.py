@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_kit.model import Transformer
+from longnet_kit.model.blocks import FeedForward
 from longnet_kit.model.loss import token_losses
-from longnet_kit.model.transformer import FeedForward
 from tests.model.small import VOCAB, network, some_tokens
 
 CHECKPOINTING = ["none", "blocks", "blocks_on_cpu"]

@@ -14,7 +14,7 @@ from tests.parallel import desk
 PLANT = """
 import os
 import torch
-from longnet_kit.model.transformer import Block
+from longnet_kit.model.blocks import Block
 forward, calls = Block.forward, [0]
 def planted(self, *args, **kwargs):
     out = forward(self, *args, **kwargs)
