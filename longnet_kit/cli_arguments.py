@@ -134,7 +134,7 @@ def _add_device(verb: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    """A whole number from 1, as 1000000, 1_000_000 or 1,000,000."""
+    """A whole number from 1, written as 1000000, 1_000_000 or 1,000,000."""
     digits = text.replace("_", "").replace(",", "")
     if not (digits.isascii() and digits.isdigit() and int(digits)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")

@@ -65,7 +65,7 @@ class Files(Source):
         if problems:
             raise DataError("\n".join(problems))
         self._own: frozenset[Split] = frozenset(split for split in SPLITS[1:] if self._files[split])
-        self._divided = sum(not _is_json(path) for _, path in self._files["train"]) < MANY
+        self._divided = sum(not is_json(path) for _, path in self._files["train"]) < MANY
         self._field = field
         self._errors = errors
         self.label = self._files["train"][0][1].stem
@@ -89,7 +89,7 @@ class Files(Source):
         return {"files": files, "field": self._field, "errors": self._errors}
 
     def _read(self, name: str, path: Path, split: Split | None, as_bytes: bool) -> Iterator[Document]:
-        if _is_json(path):
+        if is_json(path):
             yield from self._records(name, path, split)
             return
         if self._errors == "skip" and not as_bytes and not _is_utf8(path):
@@ -203,7 +203,7 @@ def _first(path: Path, seen: set[str]) -> bool:
     return not (real in seen or seen.add(real))
 
 
-def _is_json(path: Path) -> bool:
+def is_json(path: Path) -> bool:
     return path.suffix.lower() in (".jsonl", ".ndjson")
 
 

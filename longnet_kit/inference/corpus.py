@@ -11,7 +11,7 @@ import numpy as np
 
 from longnet_kit.data.encoding import encode
 from longnet_kit.data.errors import DataError
-from longnet_kit.data.files import Files
+from longnet_kit.data.files import Files, is_json
 from longnet_kit.data.sources import Split
 from longnet_kit.data.tokenizers import Ids, Tokenizer
 
@@ -73,19 +73,40 @@ class Corpus:
     ) -> None:
         with _words_of_the_command():
             self._files = _WholeFiles(paths, errors=errors)
+        self._paths = [path for _, path in self._files._files["train"]]
+        if special := [str(path) for path in self._paths if not path.is_file()]:
+            raise DataError(
+                f"FILES: {', '.join(special)}: no regular file; a stream goes on where it was, so write what comes "
+                "from there into a file first"
+            )
         self._tokenizer = tokenizer
+        self._errors = errors
         self.repeat = repeat
         self.label = self._files.label
 
     @property
     def names(self) -> list[str]:
         """The files, in order."""
-        return [str(path) for _, path in self._files._files["train"]]
+        return [str(path) for path in self._paths]
 
     @property
     def size(self) -> int:
-        """Bytes of all files; their tokens, without those that end a document, are no more."""
-        return sum(path.stat().st_size for _, path in self._files._files["train"])
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self._paths)
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens one reading has, where that is known without it: bytes of plain files."""
+        if not self._tokenizer.takes_bytes or any(is_json(path) for path in self._paths):
+            return None
+        return self.size + sum(path.stat().st_size > 0 for path in self._paths)
+
+    @property
+    def most_tokens(self) -> int:
+        """No fewer than one reading has; a replaced byte is three, and a record has an end besides its text."""
+        if self.tokens is not None:
+            return self.tokens
+        return (3 if self._errors == "replace" else 1) * self.size + self.size // 2 + len(self._paths)
 
     def fingerprint(self) -> Any:
         """Plain values that change when what is read would."""
@@ -115,7 +136,8 @@ class Corpus:
         """With the end-of-text token, unless there is no text or it goes on."""
         marks = [self._tokenizer.eos] if ends and text_bytes else []
         of_each = np.full(len(ids), text_bytes / max(1, len(ids)))
-        return Tokens(np.concatenate((ids, marks)).astype(np.int64), np.append(of_each, np.zeros(len(marks))))
+        of_marks = np.full(len(marks), 0.0 if len(ids) else text_bytes)  # text that no token is made of
+        return Tokens(np.concatenate((ids, marks)).astype(np.int64), np.append(of_each, of_marks))
 
 
 class Reader:

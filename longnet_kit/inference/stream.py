@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from longnet_kit import host_memory, runs, signals, weights
+from longnet_kit.data import tokenizers
 from longnet_kit.inference import network, progress, stream_report
 from longnet_kit.inference.corpus import Corpus, Errors, Place, Reader, Tokens, joined
 from longnet_kit.inference.network import Trained
@@ -28,6 +29,8 @@ from longnet_kit.model.cache import StreamCache, fingerprint
 from longnet_kit.model.loss import IGNORED, token_losses
 from longnet_kit.report import table
 
+MOST_TOKENS = 10**15
+"""Of a stream: what a branch as long could be counted in still."""
 CHUNK = 16_384
 """Tokens that go through the network at a time."""
 SAVE_EVERY = 60.0
@@ -79,20 +82,26 @@ def stream(
         ValueError: something of this cannot be used, or the stream outgrows its cache or its position embedding.
     """
     for name, value in (("--tokens", tokens), ("--chunk", chunk), ("--max-cached", max_cached)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} {value}: expected at least 1")
+        if value is not None and not 1 <= value <= MOST_TOKENS:
+            raise ValueError(f"{name} {value}: expected 1 to {MOST_TOKENS:,}")
     if repeat and tokens is None:
         raise ValueError("--repeat never ends by itself; say where to end with --tokens")
-    trained = network.load(source, device=device)
-    corpus = Corpus(files, trained.tokenizer, errors, repeat)
-    bound = corpus.size + len(corpus.names) if tokens is None else tokens
-    if extend:
-        trained = network.load(source, reach=bound, device=device)
+    corpus = Corpus(files, tokenizers.build(network.find(source)[0].data.tokenizer), errors, repeat)
+    if not corpus.size:
+        raise ValueError(f"{', '.join(corpus.names)}: there is no text in it")
+    ends = [n for n in (tokens, None if repeat else corpus.most_tokens) if n is not None]
+    trained = network.load(source, reach=min(ends) if extend else None, device=device)
     identity = _identity(trained, corpus)
     directory = _directory(trained, identity, corpus.label) if output is None else Path(output)
-    with StreamFiles.claim(directory, identity) as kept, trained.computing():
+    with trained.computing():
         cache = trained.network.new_cache(1, max_tokens=max_cached)
-        return _Reading(trained, corpus, cache, chunk, kept).run(tokens, bound)
+        if max_cached is not None and cache.max_tokens is None:
+            print("note: --max-cached has no effect: the cache of this model does not grow", flush=True)
+        known = [n for n in (tokens, None if repeat else corpus.tokens) if n is not None]
+        total = min(known) if repeat or corpus.tokens is not None else None
+        cache.check_room(total or 0)
+        with StreamFiles.claim(directory, identity) as kept:
+            return _Reading(trained, corpus, cache, chunk, kept).run(tokens, total)
 
 
 class _Reading:
@@ -109,33 +118,31 @@ class _Reading:
         if kept.state is not None:
             self._go_on(kept.state)
 
-    def run(self, tokens: int | None, bound: int) -> Result:
-        """Read to the end of the files, or until so many tokens were read in all."""
+    def run(self, tokens: int | None, total: int | None) -> Result:
+        """Read to the end of the files, or until so many tokens were read; `total` is what that will be, if known."""
         cache, listener = self._cache, signals.Listener()
         if tokens is not None and cache.position >= tokens:
             raise ValueError(
                 f"--tokens {tokens}: {cache.position:,} were read into {self._kept.directory} before; give more, or "
                 "another folder with --output"
             )
-        if tokens is not None:
-            cache.check_room(tokens - cache.position)
         print(stream_report.opening(self._trained, self._corpus, self._chunk, cache, self._kept.directory), flush=True)
         reader = self._corpus.reader(self._place)
-        is_counted = tokens is not None or self._trained.tokenizer.takes_bytes
         saved, next_save = time.monotonic(), SAVE_EVERY
+        is_through = False
         with (
             listener.listening(),
-            progress.Reading(bound if is_counted else None, cache.position) as bar,
+            progress.Reading(total, cache.position) as bar,
             self._saving_before_errors(),
         ):
-            while not self._read_chunk(reader, tokens):
+            while not (is_through := self._read_chunk(reader, tokens)):
                 bar.update(cache.position, self._words())
                 if listener.received:
                     self._save()
                     break
                 if time.monotonic() - saved > next_save:
                     next_save, saved = max(SAVE_EVERY, 20 * self._save()), time.monotonic()
-        return self._finish(listener.received, tokens)
+        return self._finish(0 if is_through else listener.received, tokens)
 
     def _read_chunk(self, reader: Reader, tokens: int | None) -> bool:
         """Read the next chunk; whether it was the last."""
@@ -146,7 +153,7 @@ class _Reading:
         taken = joined([self._ahead, reader.take(wanted - self._ahead.count)])
         is_last = taken.count <= inputs
         if is_last:
-            self._save()  # with more text or a higher --tokens it goes on from here, as if it had not ended
+            self._save()  # with a higher --tokens, or --repeat, it goes on from here, as if it had not ended
         if taken.count:
             self._read(taken, inputs)
             self._place = reader.place
@@ -160,8 +167,9 @@ class _Reading:
         try:
             yield
         except ValueError:
-            if self._cache.position == self._counted:
+            if self._cache.position == self._counted > 0:
                 self._save()
+                print(f"saved       after {self._counted:,} tokens; the same command goes on from there", flush=True)
             raise
 
     def _read(self, taken: Tokens, inputs: int) -> None:

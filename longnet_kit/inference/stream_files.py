@@ -38,7 +38,9 @@ class StreamFiles:
         position = 0 if state is None else int(state["position"])
         earlier = runs.rows_until(directory / CURVE, position)
         self._table = callbacks.MetricsTable(directory / CURVE, earlier)
-        self._board = callbacks.Board(directory.absolute(), position + 1 if earlier else None)
+        has_events = any(directory.glob("events.out.*"))
+        self._board = callbacks.Board(directory.absolute(), position + 1 if has_events else None)
+        (directory / runs.SUMMARY).unlink(missing_ok=True)  # it is written when this session ends
 
     @classmethod
     @contextmanager

@@ -20,10 +20,16 @@ def opening(trained: Trained, corpus: Corpus, chunk: int, cache: StreamCache, di
         f"stream      {trained.weights}, step {trained.step}",
         f"            {trained.reach()}",
         f"reads       {', '.join(names)} ({corpus.size:,} bytes) as one sequence",
-        f"            {chunk:,} tokens at a time, into a cache of {table.size(cache.nbytes)}",
+        f"            {chunk:,} tokens at a time, into a cache {_size(cache)}",
         f"results in  {directory}",
     ]
     return "\n".join([*lines, f"goes on     after {cache.position:,} tokens"] if cache.position else lines)
+
+
+def _size(cache: StreamCache) -> str:
+    if cache.max_tokens is None:
+        return f"of {table.size(cache.nbytes)}"
+    return f"that keeps every token, {cache.max_tokens:,} at most"
 
 
 @dataclass
@@ -83,7 +89,7 @@ class Summary:
         rate, bits = self.tokens / self.seconds, self.score.total.bits_per_byte
         lines = [
             f"{self.status:<11} {self.tokens:,} tokens as one sequence{told}",
-            f"            {bits:.4f} bits per byte, {rate:,.0f} tokens per second, "
+            f"            {f'{bits:.4f}' if bits == bits else 'no'} bits per byte, {rate:,.0f} tokens per second, "
             f"{table.duration(self.seconds)}, {table.size(self.memory)} of memory",
             *(f"            {line}" for line in self.score.lines()),
         ]

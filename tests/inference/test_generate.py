@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from longnet_kit import cli
 from longnet_kit.inference import network
@@ -86,6 +90,7 @@ def test_short_rows_that_have_ended_do_not_slow_long_prompts_down(tiny: Trained,
         ([[-1]], {}, "tokens holds -1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"chunk": 0}, "chunk is 0"),
+        ([[1], [2]], {"seed": 2**63 - 2}, "seed is 9223372036854775806, expected 0 to 9223372036854775805"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(tiny: Trained, prompts: list, options: dict, words: str) -> None:
@@ -110,7 +115,7 @@ def test_the_same_seed_gives_the_same_text_from_run_and_exported_file(capfd: pyt
     assert run(capfd, "runs/tiny", *arguments, "--seed", "4")[1] not in texts
     code, out, err = run(capfd, "runs/tiny", *arguments, "--seed", "3", "--echo")
     assert code == 0 and out == f"0.5 is{texts.pop()}"
-    assert "40 tokens after 6 of prompts" in err or "tokens after 6" in err
+    assert re.fullmatch(r"\d+ tokens after 6 of prompts in [\d.]+ s\n", err)
 
 
 def test_several_prompts_and_samples_come_in_order(capfd: pytest.CaptureFixture[str]) -> None:
@@ -119,13 +124,11 @@ def test_several_prompts_and_samples_come_in_order(capfd: pytest.CaptureFixture[
     code, out, _ = run(capfd, "runs/tiny", "--prompt", "0.5", "--prompt-file", "prompt.txt", *options)
     parts = [part.partition("\n")[2] for part in out.split("--- ")[1:]]
     assert code == 0 and len(parts) == 4
-    assert [
-        part.startswith(start)
-        for part, start in zip(parts, ["0.5", "0.5", "0.7 is number", "0.7 is number"], strict=True)
-    ]
+    prompts = ["0.5", "0.5", "0.7 is number", "0.7 is number"]
+    assert all(part.startswith(prompt) for part, prompt in zip(parts, prompts, strict=True))
     code, out, _ = run(capfd, "runs/tiny", "--prompt", "0.5", "--prompt-file", "prompt.txt", *options, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
-    assert [row["prompt"] for row in rows] == ["0.5", "0.5", "0.7 is number", "0.7 is number"]
+    assert [row["prompt"] for row in rows] == prompts
     for row, part in zip(rows, parts, strict=True):
         assert part == f"{row['prompt']}{row['text']}\n"
         assert row["end"] in ("length", "end_of_text") and row["tokens"] <= 9
@@ -140,11 +143,52 @@ def test_a_stop_string_ends_the_text_before_it(capfd: pytest.CaptureFixture[str]
     assert stopped["tokens"] == whole.index(stop) + 3
 
 
-def test_a_prompt_far_longer_than_the_training_context(capfd: pytest.CaptureFixture[str]) -> None:
-    Path("long.txt").write_bytes(Path("text.txt").read_bytes() * 3)  # 50,000 tokens, trained on 32
-    code, out, err = run(capfd, "runs/tiny", "--prompt-file", "long.txt", "--max-new-tokens", "5", "--chunk", "1000")
-    assert code == 0 and len(out) >= 2
-    assert "5 tokens after" in err or "tokens after" in err
+def test_a_prompt_far_longer_than_the_training_context(capfd: pytest.CaptureFixture[str], tiny: Trained) -> None:
+    text = Path("text.txt").read_bytes() * 2  # 30,000 tokens and more, trained on 32
+    Path("long.txt").write_bytes(text)
+    options = ["--max-new-tokens", "5", "--chunk", "1000", "--temperature", "0"]
+    code, out, err = run(capfd, "runs/tiny", "--prompt-file", "long.txt", *options)
+    expected = by_whole_passes(tiny, list(text), 5, Sampling(0), 0)
+    assert code == 0 and out == tiny.tokenizer.decode(expected) + "\n"
+    assert f"tokens after {len(text):,} of prompts" in err
+
+
+def test_on_a_terminal_the_bar_leaves_standard_output_alone() -> None:
+    """Standard error is a terminal, standard output a file: all text is in the file, and the bar on the terminal."""
+    Path("long.txt").write_bytes(Path("text.txt").read_bytes()[:9000])
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "longnet_kit.cli", "generate", "runs/tiny", "--prompt", "0.5"]
+    command += ["--prompt-file", "long.txt", "--chunk", "500", "--max-new-tokens", "12", "--seed", "3"]
+    shown = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs)
+    told = subprocess.run(command, capture_output=True)
+    os.close(theirs)
+    assert shown.returncode == told.returncode == 0
+    assert shown.stdout == told.stdout and shown.stdout.startswith(b"--- 1 of 2 ---\n")
+    assert b"of 9,000 tokens" in os.read(ours, 1 << 20)
+    os.close(ours)
+
+
+def test_text_that_the_output_cannot_hold_is_replaced() -> None:
+    command = [sys.executable, "-m", "longnet_kit.cli", "generate", "runs/tiny", "--prompt", "é", "--echo"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for option in ([], ["--json"]):
+        found = subprocess.run([*command, "--max-new-tokens", "3", *option], env=environment, capture_output=True)
+        assert found.returncode == 0, found.stderr
+        assert (json.loads(found.stdout)["prompt"] == "é") if option else found.stdout.startswith(b"?")
+
+
+def test_a_plug_in_is_found_beside_the_exported_file(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("folder").mkdir()
+    Path("folder/beside_it.py").write_text("MARK = 1\n")
+    with safe_open(EXPORTED, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata["recipe"] = metadata["recipe"].replace("imports: []", "imports: [beside_it]")
+    save_file(tensors, "folder/plug.safetensors", metadata)
+    assert run(capfd, "folder/plug.safetensors", "--prompt", "0.1", "--max-new-tokens", "2")[0] == 0
+    metadata["recipe"] = metadata["recipe"].replace("beside_it", "no_such_module")
+    save_file(tensors, "folder/plug.safetensors", metadata)
+    code, _, err = run(capfd, "folder/plug.safetensors", "--prompt", "0.1")
+    assert code == 2 and "folder/plug.safetensors" in err and "no_such_module" in err
 
 
 def test_bytes_that_are_no_text_are_taken_by_a_tokenizer_of_bytes(capfd: pytest.CaptureFixture[str]) -> None:
@@ -176,6 +220,8 @@ def test_a_prompt_from_standard_input() -> None:
         (["--prompt", "a", "--top-k", "0"], "'0': expected a whole number of at least 1"),
         (["--prompt", "a", "--max-new-tokens", "none"], "'none': expected a whole number"),
         (["--prompt", "a", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--prompt", "a", "--seed", "-1"], "seed is -1, expected 0 to 9223372036854775806"),
+        (["--prompt", "a", "--seed", "9" * 30], "seed is 999"),
     ],
 )
 def test_wrong_arguments_are_told(capfd: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
@@ -187,14 +233,14 @@ def test_wrong_arguments_are_told(capfd: pytest.CaptureFixture[str], arguments: 
 def test_what_is_no_network_is_told(capfd: pytest.CaptureFixture[str]) -> None:
     Path("other.safetensors").write_bytes(b"no such file")
     for source, words in (
-        ("runs/nothing", "cannot be found"),
+        ("runs/nothing", "no recipe 'runs/nothing': neither a file nor a shipped recipe"),
         ("missing.safetensors", "missing.safetensors does not exist"),
         ("other.safetensors", "other.safetensors is no safetensors file, or is damaged"),
         ("runs/tiny/version_0/checkpoints/step_00000004.ckpt", "is a checkpoint; give the run that it is of"),
     ):
         code, _, err = run(capfd, source, "--prompt", "a")
         assert code == 2, source
-        assert words in err or source == "runs/nothing", err
+        assert words in err
 
 
 def test_a_cache_that_grows_has_its_limit_told_beforehand(capfd: pytest.CaptureFixture[str]) -> None:

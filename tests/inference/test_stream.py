@@ -6,10 +6,6 @@ import contextlib
 import csv
 import json
 import math
-import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -67,15 +63,8 @@ def told(result: Result) -> Any:
 
 
 @pytest.mark.parametrize("extend", [False, True])
-@pytest.mark.parametrize("chunk", [1, 77, 200, 10_000])
+@pytest.mark.parametrize("chunk", [1, 77, 10_000])
 def test_the_losses_are_those_of_the_whole_sequence(text: bytes, chunk: int, extend: bool) -> None:
-    if chunk == 1:
-        Path("two.txt").write_bytes(text := text[1234:1534])
-        Path("one.txt").write_bytes(text[:100])
-        ids = [*text[:100], 256, *text, 256]
-        result = read(chunk=1, extend=extend)
-        assert result.tokens == len(ids)
-        return
     result = read(chunk=chunk, extend=extend)
     nats = expected_nats(text, N + 2 if extend else None)
     assert result.tokens == N + 2
@@ -202,6 +191,7 @@ def test_the_same_command_finds_its_own_results(text: bytes) -> None:
 def test_tensorboard_shows_the_curve() -> None:
     """Of a stream in two goes, each point once."""
     read(chunk=100, tokens=1750)
+    time.sleep(1.1)  # event files are ordered by the second of their names
     result = read(chunk=100)
     events = EventAccumulator(str(result.directory), size_guidance={"scalars": 0})
     events.Reload()
@@ -231,51 +221,6 @@ def test_points_add_up_to_the_whole(text: bytes) -> None:
     assert len(rows) > 20
 
 
-def launch(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "longnet_kit.cli", "stream", "runs/tiny", "text.txt", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_points(directory: str, count: int) -> None:
-    deadline = time.monotonic() + 60
-    path = Path(directory, "curve.csv")
-    while not path.is_file() or len(path.read_text().splitlines()) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_signals_end_it_and_the_same_command_goes_on(number: int, code: int) -> None:
-    options = ["--tokens", "40000", "--repeat", "--chunk", "20"]
-    process = launch(*options, "--output", "out")
-    wait_for_points("out", 4)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == code, out
-    if number != signal.SIGKILL:
-        assert "the same command goes on from here" in out
-        assert json.loads(Path("out/summary.json").read_text())["status"] == "stopped"
-    expected = launch(*options, "--output", "undisturbed")
-    resumed = launch(*options, "--output", "out")
-    for process in (expected, resumed):
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, out
-    assert number == signal.SIGKILL or "goes on     after" in out
-    summaries = [json.loads(Path(name, "summary.json").read_text()) for name in ("undisturbed", "out")]
-    same = {key for key in summaries[0] if key not in ("seconds", "tokens_per_second", "memory")}
-    assert {key: summaries[0][key] for key in same} == {key: summaries[1][key] for key in same}
-
-
-def test_two_streams_never_write_into_one_folder() -> None:
-    first = launch("--tokens", "100000", "--repeat", "--chunk", "10", "--output", "out")
-    wait_for_points("out", 2)
-    second = launch("--tokens", "100000", "--repeat", "--chunk", "10", "--output", "out")
-    out, _ = second.communicate(timeout=60)
-    first.kill()
-    first.communicate()
-    assert second.returncode == 2 and re.search(r"longnet: out.*process", out), out
-
-
 def test_another_stream_s_folder_is_refused() -> None:
     read(output="out")
     for options, words in (
@@ -298,6 +243,60 @@ def test_a_damaged_state_is_told(content: bytes | None) -> None:
     assert read(output="out").tokens == N + 2
 
 
+def test_a_limit_that_has_no_effect_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    read(max_cached=5)
+    assert "note: --max-cached has no effect: the cache of this model does not grow" in capsys.readouterr().out
+
+
+def test_one_token_has_nothing_before_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert read(tokens=1).score.total.tokens == 0
+    assert "no bits per byte" in capsys.readouterr().out
+
+
+def test_branches_reach_over_text_whose_length_is_not_known_beforehand() -> None:
+    Path("bad.jsonl").write_bytes(b'{"text": "' + b"\xff" * 2000 + b'"}\n')  # three bytes for each when replaced
+    result = stream("runs/tiny", ["bad.jsonl"], errors="replace", extend=True, chunk=CHUNK)
+    added = json.loads((result.directory / "summary.json").read_text())["added_branches"]
+    assert max(w for w, _ in added) >= result.tokens == 6001
+    result = read(tokens=10**9, extend=True)  # no more than there is
+    added = json.loads((result.directory / "summary.json").read_text())["added_branches"]
+    assert max(w for w, _ in added) == 4096
+
+
+def test_events_of_a_stream_that_was_killed_before_its_first_save_are_forgotten(monkeypatch: pytest.MonkeyPatch):
+    take, count = module._Reading._read, 0
+
+    def dying(self: Any, *arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise Stopped
+        take(self, *arguments)
+
+    with monkeypatch.context() as patched, contextlib.suppress(Stopped):
+        patched.setattr(module._Reading, "_read", dying)
+        read(output="out")
+    time.sleep(1.1)  # event files are ordered by the second of their names
+    events = EventAccumulator(str(read(output="out").directory), size_guidance={"scalars": 0})
+    events.Reload()
+    steps = [e.step for e in events.Scalars("stream/seconds")]
+    assert steps == sorted(set(steps)) and steps[-1] == N + 2
+
+
+def test_results_are_gone_while_a_stream_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = read(output="out", tokens=500).directory / "summary.json"
+    assert summary.is_file()
+    take = module._Reading._read
+
+    def looking(self: Any, *arguments: Any) -> None:
+        assert not summary.exists()
+        take(self, *arguments)
+
+    monkeypatch.setattr(module._Reading, "_read", looking)
+    read(output="out")
+    assert json.loads(summary.read_text())["tokens"] == N + 2
+
+
 def test_weights_that_are_spoilt_are_told() -> None:
     loaded = network.load("runs/tiny")
     with torch.no_grad():
@@ -307,7 +306,7 @@ def test_weights_that_are_spoilt_are_told() -> None:
         read()
 
 
-def test_memory_and_cache_do_not_grow_with_the_text() -> None:
+def test_state_and_cache_do_not_grow_with_the_text() -> None:
     small, large = (read(output=f"out{n}", tokens=n, repeat=True) for n in (1000, 60_000))
     sizes = [(result.directory / "state.pt").stat().st_size for result in (small, large)]
     assert abs(sizes[0] - sizes[1]) < 2000
@@ -315,14 +314,23 @@ def test_memory_and_cache_do_not_grow_with_the_text() -> None:
     assert summaries[0]["cache"] == summaries[1]["cache"] == 2 * 2 * (8 + 16) * 2 * 8 * 4
 
 
-def test_attention_that_keeps_every_token_has_its_limit_told() -> None:
+def test_attention_that_keeps_every_token_has_its_limit_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fit", "tiny.yaml", "name=dense", "model.attention.backend=sdpa", "trainer.max_steps=1"]) == 0
     files = ["one.txt", "two.txt"]
     assert stream("runs/dense", files, chunk=CHUNK).tokens == N + 2
-    with pytest.raises(ValueError, match=r"keeps every token, 1,000 at most.*--max-cached"):
+    assert "a cache that keeps every token, 65,536 at most" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"keeps every token, 1,000 at most, and holds 0; 3,002 more.*--max-cached"):
         stream("runs/dense", files, chunk=CHUNK, max_cached=1000, output="out")
     with pytest.raises(ValueError, match=r"holds 0; 2,000 more do not fit"):
-        stream("runs/dense", files, chunk=CHUNK, max_cached=1000, tokens=2000, output="out2")
+        stream("runs/dense", files, chunk=CHUNK, max_cached=1000, tokens=2000, output="out")
+    assert not Path("out").exists(), "nothing was begun"
+    Path("records.jsonl").write_text(json.dumps({"text": "x" * 1500}))  # whose tokens are not known beforehand
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"keeps every token, 1,000 at most, and holds 1,000; 200 more"):
+            stream("runs/dense", ["records.jsonl"], chunk=CHUNK, max_cached=1000, output="out")
+        assert "saved       after 1,000 tokens; the same command goes on from there" in capsys.readouterr().out
+    assert stream("runs/dense", ["records.jsonl"], chunk=CHUNK, output="out").tokens == 1501
+    assert "goes on     after 1,000 tokens" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--extend adds branches to the attention backend dilated.*has sdpa"):
         stream("runs/dense", files, extend=True)
 
@@ -333,6 +341,9 @@ def test_attention_that_keeps_every_token_has_its_limit_told() -> None:
         (["missing.txt"], "FILES: missing.txt does not exist"),
         ([], "FILES is empty"),
         (["empty.txt"], "empty.txt: there is no text in it"),
+        (["empty.jsonl"], "empty.jsonl: there is no text in it"),
+        (["one.txt", "/dev/null"], "FILES: /dev/null: no regular file"),
+        (["one.txt", "--tokens", "1" + "0" * 16], "expected 1 to 1,000,000,000,000,000"),
         (["one.txt", "--tokens", "0"], "'0': expected a whole number of at least 1"),
         (["one.txt", "--repeat"], "--repeat never ends by itself"),
         (["one.txt", "--output", "one.txt"], "one.txt: cannot be written"),
@@ -341,6 +352,7 @@ def test_attention_that_keeps_every_token_has_its_limit_told() -> None:
 )
 def test_wrong_arguments_are_told(capfd: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     Path("empty.txt").touch()
+    Path("empty.jsonl").write_text('{"text": ""}')
     assert cli.main(["stream", "runs/tiny", *arguments]) == 2
     err = capfd.readouterr().err
     assert words in err and "Traceback" not in err
