@@ -75,7 +75,6 @@ class StreamFiles:
             Seconds that it took.
         """
         began = time.monotonic()
-        self._table.save()  # the curve is never behind the state
         with self._telling(STATE), durable.replacing(self.directory / STATE) as staged:
             torch.save(state, staged)
         return time.monotonic() - began

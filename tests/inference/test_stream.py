@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
@@ -91,11 +93,13 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("chunks", [0, 1, 2, 7, 14, 15])
+@pytest.mark.parametrize("chunks", [0, 1, 2, 71, 149, 150])
 def test_a_stream_that_ended_anywhere_goes_on_to_the_same_result(
     monkeypatch: pytest.MonkeyPatch, chunks: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    undisturbed = told(read(output="undisturbed"))
+    """Chunks of 20, so that points of the curve are further apart than saves."""
+    first = read(output="undisturbed", chunk=20)
+    undisturbed = told(first)
     take, count = module._Reading._read, 0
 
     def dying(self: Any, *arguments: Any) -> None:
@@ -110,14 +114,15 @@ def test_a_stream_that_ended_anywhere_goes_on_to_the_same_result(
         patched.setattr(module.StreamFiles, "save", lambda *arguments: 0 * save(*arguments))  # in no time: always due
         patched.setattr(module, "SAVE_EVERY", 0.0)
         patched.setattr(module._Reading, "_read", dying)
-        read(output="disturbed")
+        read(output="disturbed", chunk=20)
     capsys.readouterr()
-    again = read(output="disturbed")
+    again = read(output="disturbed", chunk=20)
     out = capsys.readouterr().out
-    saved = min(chunks, 15) * CHUNK
+    saved = min(chunks, 150) * 20
     assert (f"goes on     after {saved:,} tokens" in out) == (chunks > 0)
     assert told(again) == undisturbed
-    assert told(read(output="disturbed")) == undisturbed  # and once more, when it has finished
+    once_more = read(output="disturbed", chunk=20)  # when it has finished
+    assert told(once_more) == undisturbed and once_more.seconds > 0.1 * first.seconds
 
 
 def test_more_tokens_go_on_from_fewer(text: bytes) -> None:
@@ -223,9 +228,15 @@ def test_points_add_up_to_the_whole(text: bytes) -> None:
 
 def test_another_stream_s_folder_is_refused() -> None:
     read(output="out")
+    assert stream(EXPORTED, ["one.txt", "two.txt"], chunk=CHUNK, output="out").tokens == N + 2  # the same weights
+    with safe_open(EXPORTED, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["norm.bias"][0] += 1e-3
+    save_file(tensors, "other.safetensors", metadata)
     for options, words in (
         ({"extend": True}, "other attention"),
-        ({"source": EXPORTED, "files": ["one.txt"]}, "other files"),
+        ({"files": ["one.txt"]}, "other files"),
+        ({"source": "other.safetensors"}, "other weights"),
     ):
         with pytest.raises(ValueError, match=f"out holds a stream of {words}; name another folder with --output"):
             arguments = {"source": "runs/tiny", "files": ["one.txt", "two.txt"], "chunk": CHUNK, "output": "out"}
