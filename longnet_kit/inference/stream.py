@@ -72,7 +72,7 @@ def stream(
         tokens: where to end; None: where the files do.
         repeat: read the files again where they end before that.
         extend: add branches to the trained ones until a token sees back to the beginning.
-        chunk: tokens that go through the network at a time: memory grows with it, results do not change.
+        chunk: tokens that go through the network at a time: memory grows with it, and results differ by rounding.
         errors: what to do with text that is not UTF-8.
         max_cached: the limit of a cache that keeps every token.
         output: the folder for results and state; by default one beside the weights, named by what is read.
@@ -97,9 +97,9 @@ def stream(
         cache = trained.network.new_cache(1, max_tokens=max_cached)
         if max_cached is not None and cache.max_tokens is None:
             print("note: --max-cached has no effect: the cache of this model does not grow", flush=True)
-        known = [n for n in (tokens, None if repeat else corpus.tokens) if n is not None]
-        total = min(known) if repeat or corpus.tokens is not None else None
-        cache.check_room(total or 0)
+        total = min((n for n in (tokens, None if repeat else corpus.tokens) if n is not None), default=None)
+        if total is not None and (repeat or corpus.tokens is not None):  # else the files may end before it
+            cache.check_room(total)
         with StreamFiles.claim(directory, identity) as kept:
             return _Reading(trained, corpus, cache, chunk, kept).run(tokens, total)
 
@@ -126,6 +126,7 @@ class _Reading:
                 f"--tokens {tokens}: {cache.position:,} were read into {self._kept.directory} before; give more, or "
                 "another folder with --output"
             )
+        self._kept.begin()
         print(stream_report.opening(self._trained, self._corpus, self._chunk, cache, self._kept.directory), flush=True)
         reader = self._corpus.reader(self._place)
         saved, next_save = time.monotonic(), SAVE_EVERY

@@ -40,7 +40,6 @@ class StreamFiles:
         self._table = callbacks.MetricsTable(directory / CURVE, earlier)
         has_events = any(directory.glob("events.out.*"))
         self._board = callbacks.Board(directory.absolute(), position + 1 if has_events else None)
-        (directory / runs.SUMMARY).unlink(missing_ok=True)  # it is written when this session ends
 
     @classmethod
     @contextmanager
@@ -67,6 +66,11 @@ class StreamFiles:
                 ) from error
             held.callback(files._close)
             yield files
+
+    def begin(self) -> None:
+        """Reading begins: results that are there are old."""
+        with self._telling(runs.SUMMARY):
+            (self.directory / runs.SUMMARY).unlink(missing_ok=True)
 
     def save(self, state: dict[str, Any]) -> float:
         """Put a state in the place of the last one, if it can be written.

@@ -133,6 +133,7 @@ def test_more_tokens_go_on_from_fewer(text: bytes) -> None:
     assert told(read(output="grown", tokens=2500))[:2] == undisturbed[:2]
     with pytest.raises(ValueError, match=r"--tokens 800: 2,400 were read into grown before"):
         read(output="grown", tokens=800)
+    assert json.loads(Path("grown/summary.json").read_text())["tokens"] == 2500
 
 
 def test_files_are_repeated_on_demand_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
