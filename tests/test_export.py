@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -20,6 +18,8 @@ from safetensors.torch import load_file, save_file
 import longnet_kit
 from longnet_kit import checkpoint_io, cli, experiment, export, recipe, runs, weights
 from tests.test_readme import block
+from tests.trained import EXPORTED as FILE
+from tests.trained import train
 
 RECIPE = """
 name: tiny
@@ -30,19 +30,12 @@ optimizer: {lr: 1.0e-2, warmup_steps: 2}
 trainer: {max_steps: 4, limit_val_batches: 0, enable_progress_bar: false, accelerator: cpu}
 checkpoint: {every_n_steps: 2, keep: 2}
 """
-FILE = "tiny.safetensors"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with a recipe, a text, a run and its exported weights."""
-    folder = tmp_path_factory.mktemp("trained")
-    with contextlib.chdir(folder):
-        Path("text.txt").write_text("".join(f"{random.Random(i).random()} is number {i}\n" for i in range(500)))
-        Path("tiny.yaml").write_text(RECIPE)
-        experiment.run(recipe.load("tiny.yaml"))
-        export.export("runs/tiny", FILE)
-    return folder
+    return train(tmp_path_factory.mktemp("trained"), RECIPE)
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 import shutil
 from pathlib import Path
 
 import pytest
 
-from longnet_kit import experiment, export, recipe
+from tests.trained import train
 
 RECIPE = """
 name: tiny
@@ -19,19 +17,12 @@ data: {source: files, paths: [text.txt], tokenizer: bytes, seq_len: 32, batch_si
 optimizer: {lr: 1.0e-2, warmup_steps: 2}
 trainer: {max_steps: 4, limit_val_batches: 0, enable_progress_bar: false, accelerator: cpu}
 """
-EXPORTED = "tiny.safetensors"
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with a recipe, a text, a run and its exported weights."""
-    folder = tmp_path_factory.mktemp("trained")
-    with contextlib.chdir(folder):
-        Path("text.txt").write_text("".join(f"{random.Random(i).random()} is number {i}\n" for i in range(500)))
-        Path("tiny.yaml").write_text(RECIPE)
-        experiment.run(recipe.load("tiny.yaml"))
-        export.export("runs/tiny", EXPORTED)
-    return folder
+    return train(tmp_path_factory.mktemp("trained"), RECIPE)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from longnet_kit.inference import network
 from longnet_kit.inference.generate import generate
 from longnet_kit.inference.network import Trained
 from longnet_kit.inference.sampling import Sampling
-from tests.inference.conftest import EXPORTED
+from tests.trained import EXPORTED
 
 pytestmark = pytest.mark.usefixtures("desk")
 PROMPTS = [b"0.25 is", b"0", b"0.713 is number 4\n0.1 is number 5\n0.44 is numb" * 3, b"0.713"]

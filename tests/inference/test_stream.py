@@ -25,7 +25,7 @@ from longnet_kit.inference import network
 from longnet_kit.inference import stream as module
 from longnet_kit.inference.score import Score
 from longnet_kit.inference.stream import Result, stream
-from tests.inference.conftest import EXPORTED
+from tests.trained import EXPORTED
 
 pytestmark = pytest.mark.usefixtures("desk")
 N = 3000
