@@ -171,7 +171,7 @@ def test_the_readmes_lines_build_the_network_from_the_file_alone() -> None:
     shutil.rmtree("runs")
     Path("tiny.yaml").unlink()
     names: dict[str, Any] = {}
-    exec(block("python", "safe_open") + block("python", "load_state_dict"), names)
+    exec(block("python", "safe_open") + block("python", "load_state_dict(weights)"), names)
     tokens = torch.randint(256, (2, 50))
     with torch.no_grad():
         assert torch.equal(names["task"].eval().model(tokens), expected.eval().model(tokens))
