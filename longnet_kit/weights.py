@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longnet_kit import checkpoint_io, runs
+from longnet_kit.model import torchscale
 
 EXPORTED = ".safetensors"
 """What the name of an exported file ends in."""
@@ -40,7 +41,12 @@ def read(path: Path) -> dict[str, Any]:
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(saved, Mapping) or not isinstance(saved.get("state_dict"), Mapping):
+    if not isinstance(saved, Mapping):
+        raise ValueError("it holds no state_dict")
+    for state in (saved, saved.get("model")):  # bare, and as torchscale's users save it
+        if isinstance(state, Mapping) and torchscale.is_decoder(state):
+            return {"state_dict": state}
+    if not isinstance(saved.get("state_dict"), Mapping):
         raise ValueError("it holds no state_dict")
     return dict(saved)
 
@@ -51,6 +57,8 @@ def _read_exported(path: Path) -> dict[str, Any]:
 
 def load(network: nn.Module, source: Path) -> None:
     """Load a network's weights, and nothing else, from a run directory, a checkpoint or an exported file.
+
+    A file with the state dictionary of a torchscale decoder is taken too, see `longnet_kit.model.torchscale`.
 
     Raises:
         ValueError: nothing is there, or the first parameters that do not fit are named.
@@ -78,6 +86,11 @@ def check_resumable(network: nn.Module, path: Path) -> int:
 
 def fitting(network: nn.Module, path: Path, saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of the network in what `read` found; ValueError when they are those of another one."""
+    if torchscale.is_decoder(saved["state_dict"]):
+        try:
+            return torchscale.convert(saved["state_dict"], network)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     weights = {
         key.removeprefix("model."): value
         for key, value in saved["state_dict"].items()

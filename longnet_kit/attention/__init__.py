@@ -26,8 +26,10 @@ def build(config: Mapping[str, Any]) -> AttentionBackend:
     return registry.build(config)
 
 
-from longnet_kit.attention import block_sparse, dilated, naive, padding, sdpa  # noqa: E402, F401  (each registers itself)
+from longnet_kit.attention import block_sparse, dilated, naive, padding, sdpa  # noqa: E402, F401  (they register)
+from longnet_kit.attention.multihead import MultiheadDilatedAttention  # noqa: E402
 
 __all__ = [
-    "AttentionBackend", "Cache", "KeyValueCache", "Support", "build", "names", "padding", "register", "registry",
+    "AttentionBackend", "Cache", "KeyValueCache", "MultiheadDilatedAttention", "Support", "build", "names",
+    "padding", "register", "registry",
 ]  # fmt: skip
