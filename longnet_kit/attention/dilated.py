@@ -31,7 +31,8 @@ class DilatedAttention(AttentionBackend):
     Args:
         segment_lengths: w of each branch, in tokens.
         dilation_rates: r of each branch.
-        head_offsets: which residue a head keeps: `interleaved` (h mod r, the paper) or `grouped` (torchscale).
+        head_offsets: which residue a head keeps: `interleaved` (h mod r, the paper), `grouped` (torchscale), or `none`:
+            0 for all, an ablation.
 
     Raises:
         ValueError: the lists differ in length, are empty, or hold a number below 1.

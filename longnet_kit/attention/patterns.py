@@ -18,7 +18,7 @@ from longnet_kit.registry import Registry
 from longnet_kit.typed import Range
 
 Count = Annotated[int, Range(at_least=1)]
-HeadOffsets = Literal["interleaved", "grouped"]
+HeadOffsets = Literal["interleaved", "grouped", "none"]
 
 
 class Pattern:
@@ -89,7 +89,8 @@ class Dilated(RowPattern):
     Args:
         segment_lengths: w of each branch, in tokens.
         dilation_rates: r of each branch; as many as there are segment lengths.
-        head_offsets: `interleaved`: h mod r (the paper). `grouped`: h // ceil(H / r) (torchscale, GigaPath).
+        head_offsets: `interleaved`: h mod r (the paper). `grouped`: h // ceil(H / r) (torchscale, GigaPath). `none`: 0,
+            so that all heads keep the same positions.
 
     Raises:
         ValueError: the two lists differ in length, are empty, or hold a number below 1.
@@ -110,8 +111,8 @@ class Dilated(RowPattern):
         for name, values in (("segment_lengths", lengths), ("dilation_rates", rates)):
             if any(not isinstance(x, int) or isinstance(x, bool) or x < 1 for x in values):
                 raise ValueError(f"{name} is {values}, expected whole numbers of at least 1")
-        if head_offsets not in ("interleaved", "grouped"):
-            raise ValueError(f"head_offsets is {head_offsets!r}, expected 'interleaved' or 'grouped'")
+        if head_offsets not in ("interleaved", "grouped", "none"):
+            raise ValueError(f"head_offsets is {head_offsets!r}, expected 'interleaved', 'grouped' or 'none'")
         if 1 not in rates:
             warnings.warn(
                 f"no branch has dilation rate 1 (dilation_rates: {rates}): where no branch keeps a position for a "
@@ -160,6 +161,8 @@ class Dilated(RowPattern):
 
 def head_offset(head: int, rate: int, heads: int, rule: HeadOffsets) -> int:
     """o(h, r): the residue that head `head` of `heads` keeps in a branch of dilation rate `rate`."""
+    if rule == "none":
+        return 0
     return head % rate if rule == "interleaved" else head // -(-heads // rate)
 
 

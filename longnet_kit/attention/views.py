@@ -188,7 +188,7 @@ def _segment_views(
         starts[h] = offset + until * r - part.first
         counts[h] = through - until, until, whole - through
         # Heads on one diagonal are equally far apart, and each starts one position after the one before it.
-        turn = h - offset if head_offsets == "interleaved" else h % -(-total_heads // r)
+        turn = h % -(-total_heads // r) if head_offsets == "grouped" else h - offset
         aligned_key[h] = offset, *counts[h]
         slanted_key[h] = turn, until, *counts[h]
     aligned, slanted = (_runs(list(starts), key) for key in (aligned_key, slanted_key))

@@ -91,5 +91,5 @@ def dilated_options(draw: st.DrawFn) -> dict[str, object]:
     return {
         "segment_lengths": [w for w, _ in branches],
         "dilation_rates": [r for _, r in branches],
-        "head_offsets": draw(st.sampled_from(["interleaved", "grouped"])),
+        "head_offsets": draw(st.sampled_from(["interleaved", "grouped", "none"])),
     }

@@ -57,7 +57,7 @@ def test_naive_takes_any_pattern(drawn: Problem, options: dict) -> None:
     ],
 )
 def test_dilated_on_the_hard_shapes(causal: bool, seq_len: int, heads: int, lengths: list, rates: list) -> None:
-    for head_offsets in ("interleaved", "grouped"):
+    for head_offsets in ("interleaved", "grouped", "none"):
         backend = attention.build(
             {
                 "backend": "dilated",

@@ -87,7 +87,7 @@ def test_the_shares_mix_the_branches_into_the_output(causal: bool, padded: bool)
     assert (mixed - fast(*drawn.qkv.unbind(2), drawn.causal, drawn.mask)).abs().max() < EXACT
 
 
-@pytest.mark.parametrize("head_offsets", ["interleaved", "grouped"])
+@pytest.mark.parametrize("head_offsets", ["interleaved", "grouped", "none"])
 def test_some_heads_are_told_where_they_stand(head_offsets: str) -> None:
     drawn = problem(2, 31, 3)
     for backend in both(ORDERED | {"head_offsets": head_offsets}):

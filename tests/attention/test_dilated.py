@@ -40,7 +40,7 @@ def test_views_hold_each_kept_position_once(options: dict, seq_len: int, heads: 
         assert (fused[:, :, 0] == 0).all()
 
 
-@pytest.mark.parametrize("head_offsets", ["interleaved", "grouped"])
+@pytest.mark.parametrize("head_offsets", ["interleaved", "grouped", "none"])
 @pytest.mark.parametrize(("heads", "rate"), [(12, 1), (12, 2), (12, 4), (12, 8), (12, 12), (4, 16), (16, 4)])
 def test_even_branches_take_few_kernel_calls(head_offsets: str, heads: int, rate: int) -> None:
     w = 4 * rate

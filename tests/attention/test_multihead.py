@@ -79,7 +79,7 @@ def test_padded_keys_are_hidden_as_in_torch(as_float: bool, batched: bool) -> No
     torch.testing.assert_close(weights[~padded], wanted_weights[~padded], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("head_offsets", ["interleaved", "grouped"])
+@pytest.mark.parametrize("head_offsets", ["interleaved", "grouped", "none"])
 def test_branches_are_those_of_the_backend(head_offsets: Any) -> None:
     torch.manual_seed(0)
     module = MultiheadDilatedAttention(

@@ -30,10 +30,13 @@ def test_offsets_restart_in_every_segment_when_w_is_no_multiple_of_r() -> None:
     assert kept(pattern, 0, 12, 3) == [[0, 3, 5, 8, 10], [1, 4, 6, 9, 11], [2, 7]]
 
 
-def test_head_offsets_are_interleaved_or_grouped() -> None:
+def test_head_offsets_are_interleaved_or_grouped_or_none() -> None:
     interleaved, grouped = patterns.Dilated([8], [2]), patterns.Dilated([8], [2], "grouped")
     assert [interleaved.offset(h, 2, 5) for h in range(5)] == [0, 1, 0, 1, 0]
     assert [grouped.offset(h, 2, 5) for h in range(5)] == [0, 0, 0, 1, 1]
+    none = patterns.Dilated([8], [2], "none")
+    assert [none.offset(h, 2, 5) for h in range(5)] == [0] * 5
+    assert none.keeps((8, 2), 10, 3).tolist() == [[True, False] * 5] * 3
 
 
 def test_multiplicity_counts_the_branches_that_show_a_key() -> None:
@@ -106,7 +109,7 @@ def test_a_dilated_pattern_is_what_its_definition_says(options: dict, seq_len: i
     expected = torch.zeros(len(pattern.branches), heads, seq_len, seq_len, dtype=torch.int32)
     for i, (w, r) in enumerate(pattern.branches):
         for h in range(heads):
-            o = h % r if pattern.head_offsets == "interleaved" else h // -(-heads // r)
+            o = {"interleaved": h % r, "grouped": h // -(-heads // r), "none": 0}[pattern.head_offsets]
             kept = [p for p in range(seq_len) if p % w % r == o]
             for p in kept:
                 seen = [other for other in kept if other // w == p // w and (other <= p or not causal)]

@@ -64,7 +64,7 @@ def cases(draw: st.DrawFn) -> tuple[int, Problem, dict[str, Any]]:
         "backend": "dilated",
         "segment_lengths": [w for w, _ in branches],
         "dilation_rates": [r for _, r in branches],
-        "head_offsets": draw(st.sampled_from(["interleaved", "grouped"])),
+        "head_offsets": draw(st.sampled_from(["interleaved", "grouped", "none"])),
     }
     return size, given, config
 
@@ -116,7 +116,7 @@ def test_a_plug_in_that_writes_only_forward_trains_from_shards() -> None:
         torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("head_offsets", ["interleaved", "grouped"])
+@pytest.mark.parametrize("head_offsets", ["interleaved", "grouped", "none"])
 def test_some_heads_of_a_layer_may_be_sharded_too(head_offsets: str) -> None:
     """Heads 2 to 4 of 7, as a tensor-parallel rank would hold them; neither 5 nor 4 divides a shard of 6."""
     config: dict[str, Any] = {"backend": "dilated", "segment_lengths": [3, 12, 24], "dilation_rates": [1, 4, 5]}
