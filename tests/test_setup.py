@@ -38,6 +38,12 @@ esac
 SET_UP = ["venv", "pip", "pip"]
 
 
+def _as_on_a_terminal() -> None:
+    """A process in the background has signals ignored that end one on a terminal."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Clone:
     """A copy of tools/ with what it reads, and a stub for its interpreter."""
 
@@ -71,7 +77,7 @@ class Clone:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup would have it ignored
+            preexec_fn=_as_on_a_terminal,
         )
 
     def run(self, *arguments: str, launcher: Path | None = None, **extra: str) -> tuple[int, str, str]:

@@ -19,7 +19,10 @@ pytestmark = pytest.mark.usefixtures("desk")
 
 def launch(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "longnet_kit.cli", "stream", "runs/tiny", "text.txt", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # as on a terminal
+    )  # fmt: skip
 
 
 def wait_for_points(directory: str, count: int) -> None:
