@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import longnet_kit
 from longnet_kit import typed
+from longnet_kit.inference import CHUNK
 
 VERBS = (
     "fit", "validate", "test", "export", "list", "show", "plan", "pattern", "sweep", "compare", "board",
@@ -128,7 +129,7 @@ def _add_stream(stream: argparse.ArgumentParser) -> None:
 
 
 def _add_device(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--chunk", type=_count, metavar="N", default=16_384, help="tokens read at a time; 16,384")
+    verb.add_argument("--chunk", type=_count, metavar="N", default=CHUNK, help=f"tokens read at a time; {CHUNK:,}")
     verb.add_argument("--max-cached", type=_count, metavar="N", help="limit of a cache that keeps every token; 65,536")
     verb.add_argument("--device", choices=("cpu", "cuda"), help="by default the recipe's accelerator, if it is there")
 

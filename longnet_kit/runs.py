@@ -129,9 +129,14 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 def write_summary(run: Path, status: str, scalars: Mapping[str, float]) -> None:
     """Write `status` (finished, stopped or failed) and the last value of every scalar; null for what is not finite."""
-    values = {tag: value if math.isfinite(value) else None for tag, value in sorted(scalars.items())}
-    with durable.replacing(run / SUMMARY) as staged:
-        staged.write_text(json.dumps({"status": status, **values}, indent=1) + "\n")
+    write_values(run / SUMMARY, {"status": status, **dict(sorted(scalars.items()))})
+
+
+def write_values(path: Path, values: Mapping[str, Any]) -> None:
+    """Write plain values as JSON; null for a number that is not finite."""
+    plain = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in values.items()}
+    with durable.replacing(path) as staged:
+        staged.write_text(json.dumps(plain, indent=1) + "\n")
 
 
 def metrics_until(run: Path, step: int) -> list[dict[str, str]]:

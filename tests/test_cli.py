@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from longnet_kit import board, cli, cli_arguments, experiment, export, recipe, shipped, sweep, testing
-from longnet_kit.inference import console, stream
-from longnet_kit.inference.generate import CHUNK
+from longnet_kit.inference import CHUNK, console, stream
 from longnet_kit.inference.sampling import Sampling
 from longnet_kit.inference.score import Score
 from longnet_kit.recipe import Recipe

@@ -1,8 +1,7 @@
 """The interface of an attention backend, stated once.
 
 A plug-in writes `forward` and nothing else; every other member has a default, `pattern` too, which is with what follows
-from it in `longnet_kit.attention.inspected`. Inputs are checked here, at the door, so
-that no backend has to.
+from it in `longnet_kit.attention.inspected`. Inputs are checked here, at the door, so that no backend has to.
 """
 
 from __future__ import annotations

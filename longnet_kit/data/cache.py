@@ -138,14 +138,14 @@ def _tokenize(source: Source, tokenizer: Tokenizer, writers: dict[Split, Writer]
     progress = _Progress(source.label or type(source).__name__)
     eos = np.array([tokenizer.eos])
     unfinished: set[Split] = set()
-    for document, ids, text_bytes, ends in encode(source, tokenizer):
+    for document, ids, text_bytes in encode(source, tokenizer):
         split = document.split or split_of(document.name)
         writer = writers[split]
         if text_bytes:
             writer.append(ids)
             writer.text_bytes += text_bytes
             unfinished.add(split)
-        if ends and split in unfinished:
+        if document.ends and split in unfinished:
             writer.append(eos)
             writer.documents += 1
             unfinished.discard(split)

@@ -17,8 +17,6 @@ class Encoded(NamedTuple):
     ids: Ids
     """Without the end-of-text token."""
     text_bytes: int
-    ends: bool
-    """Whether the document ends with it."""
 
 
 def encode(source: Source, tokenizer: Tokenizer, skip: int = 0) -> Iterator[Encoded]:
@@ -37,7 +35,7 @@ def encode(source: Source, tokenizer: Tokenizer, skip: int = 0) -> Iterator[Enco
         ids = tokenizer.encode(content)
         if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
             raise DataError(f"{tokenizer.name} gave the id {ids.max()}, beyond its {tokenizer.vocab_size} tokens")
-        yield Encoded(document, ids, len(raw), document.ends)
+        yield Encoded(document, ids, len(raw))
 
 
 def _documents(source: Source, as_bytes: bool) -> Iterator[Document]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longnet_kit.data.tokenizers import Tokenizer
-from longnet_kit.inference import generate, network, progress
+from longnet_kit.inference import CHUNK, generate, network, progress
 from longnet_kit.inference.sampling import Sampling
 from longnet_kit.inference.text import TextStream
 
@@ -43,7 +43,7 @@ def run(
     seed: int = 0,
     samples: int = 1,
     stop: Sequence[str] = (),
-    chunk: int = generate.CHUNK,
+    chunk: int = CHUNK,
     max_cached: int | None = None,
     echo: bool = False,
     as_json: bool = False,

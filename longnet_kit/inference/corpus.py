@@ -121,8 +121,8 @@ class Corpus:
         while True:
             is_empty = place == Place(place.reading)
             with _words_of_the_command():
-                for _, ids, text_bytes, ends in encode(self._files, self._tokenizer, place.document):
-                    tokens = self._tokens(ids, text_bytes, ends)
+                for document, ids, text_bytes in encode(self._files, self._tokenizer, place.document):
+                    tokens = self._tokens(ids, text_bytes, document.ends)
                     is_empty = is_empty and not tokens.count
                     yield place, tokens.part(slice(place.token, None))
                     place = Place(place.reading, place.document + 1)

@@ -11,11 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
+from longnet_kit.inference import CHUNK
 from longnet_kit.inference.network import Trained
 from longnet_kit.inference.sampling import Sampling
-
-CHUNK = 16_384
-"""Tokens of the prompts that go through the network at a time."""
 
 Accept = Callable[[int, int], bool]
 

@@ -66,7 +66,7 @@ class Score:
         return cls([Decade(nats, text_bytes, int(tokens)) for nats, text_bytes, tokens in state])
 
     def lines(self) -> list[str]:
-        """A table, and the total above it."""
+        """A table, a decade to a line."""
         ranges = [f"{10**i:,} to {10 ** (i + 1) - 1:,}" for i in range(len(self.decades))]
         tokens = [d.tokens for d in self.decades]
         bits = [d.bits_per_byte for d in self.decades]

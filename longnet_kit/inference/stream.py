@@ -20,7 +20,7 @@ import torch
 
 from longnet_kit import host_memory, runs, signals, weights
 from longnet_kit.data import tokenizers
-from longnet_kit.inference import network, progress, stream_report
+from longnet_kit.inference import CHUNK, network, progress, stream_report
 from longnet_kit.inference.corpus import Corpus, Errors, Place, Reader, Tokens, joined
 from longnet_kit.inference.network import Trained
 from longnet_kit.inference.score import Decade, Score
@@ -31,8 +31,6 @@ from longnet_kit.report import table
 
 MOST_TOKENS = 10**15
 """Of a stream: what a branch as long could be counted in still."""
-CHUNK = 16_384
-"""Tokens that go through the network at a time."""
 SAVE_EVERY = 60.0
 """Seconds between two saves, more where saving takes long."""
 LONGEST_INTERVAL = 2**20

@@ -7,7 +7,6 @@ read; `summary.json` the results; `stream.json` says what is read with which wei
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -100,9 +99,8 @@ class StreamFiles:
                 with SummaryWriter(str(self.directory), filename_suffix=_DECADES) as writer:
                     for position, bits_per_byte in decades.items():
                         writer.add_scalar("stream/bits_per_byte_from_position", bits_per_byte, position)
-        plain = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in summary.items()}
-        with self._telling(runs.SUMMARY), durable.replacing(self.directory / runs.SUMMARY) as staged:
-            staged.write_text(json.dumps(plain, indent=1) + "\n")
+        with self._telling(runs.SUMMARY):
+            runs.write_values(self.directory / runs.SUMMARY, summary)
 
     def _close(self) -> None:
         self._table.save()
@@ -132,8 +130,7 @@ def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
                 "delete this one"
             )
         return
-    with durable.replacing(path) as staged:
-        staged.write_text(json.dumps(identity, indent=1) + "\n")
+    runs.write_values(path, identity)
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:
