@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningDataModule, LightningModule, seed_everything
@@ -24,7 +25,6 @@ from longnet_kit import (
     trainers,
     weights,
 )
-from longnet_kit.data import tokenizers
 from longnet_kit.recipe import Recipe
 from longnet_kit.trainers import say, si
 
@@ -41,11 +41,11 @@ def build_task(r: Recipe) -> LightningModule:
         ValueError: the model cannot be built, or the weights of `init_from` do not fit it.
     """
     precision = placement.precision(r)
-    vocab_size = tokenizers.build(r.data.tokenizer).vocab_size
-    network = model.build(r.model, vocab_size, r.data.seq_len, dtype=model.compute_dtype(precision))
+    task_class: Any = tasks.registry.get(r.task)
+    build_network = getattr(task_class, "build_network", tasks.LanguageModeling.build_network)
+    network = build_network(r, model.compute_dtype(precision))
     if precision == "64-true" and torch.get_default_dtype() != torch.float64:
         network.double()  # now: Lightning does it after a checkpoint is loaded, and what is loaded would be rounded
-    task_class = tasks.registry.get(r.task)
     task = task_class(network, r.optimizer, max_steps=r.trainer["max_steps"], eval_contexts=r.data.eval_contexts)
     if r.init_from is not None:
         weights.load(network, Path(r.init_from))

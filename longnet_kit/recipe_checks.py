@@ -136,6 +136,14 @@ def _plugin_problems(values: Values, known: Iterable[str]) -> list[Problem]:
     if isinstance(source.get("source"), str):
         options = _without(source, [n for n in schema.names(schema.Data) if n != "source"])
         found += _registered_problems(data.registry, options, "data", known)
+        name = source["source"]
+        if isinstance(task, str) and not tasks.registry.refusal(task) and not data.registry.refusal(name):
+            takes = getattr(tasks.registry.get(task), "takes", ("text",))
+            supplies = getattr(data.registry.get(name), "supplies", "text")
+            if supplies not in takes:
+                fitting = [n for n in tasks.names() if supplies in getattr(tasks.registry.get(n), "takes", ("text",))]
+                message = f"got {task!r}, which takes {' or '.join(takes)}, and data.source {name} supplies {supplies}"
+                found.append(Problem("task", f"{message}; tasks for it: {', '.join(fitting)}"))
     tokenizer = source.get("tokenizer")
     if isinstance(tokenizer, str):
         found += _construction_problems(lambda: tokenizers.build(tokenizer), "data.tokenizer")

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from longnet_kit import recipe
     from longnet_kit.data.language_modeling import LanguageModelingData
 
-__all__ = ["DataError", "Document", "LanguageModelingData", "Source", "build", "names", "register", "registry"]
+__all__ = [
+    "DataError",
+    "Document",
+    "LanguageModelingData",
+    "Source",
+    "build",
+    "build_source",
+    "names",
+    "register",
+    "registry",
+]
 
 register = registry.register
 names = registry.names
@@ -48,7 +58,18 @@ def build(data: recipe.Data | Mapping[str, Any], seed: int = 0) -> LanguageModel
     found = [problem for problem in found if problem.key != "data.source"] + registry.problems(keys, "data")
     if found:
         raise ValueError("\n".join(map(str, found)))
-    return LanguageModelingData(registry.build(keys), seed=seed, **module)
+    source = registry.build(keys)
+    return source.data_module()(source, seed=seed, **module)
+
+
+def build_source(data: recipe.Data | Mapping[str, Any]) -> Source:
+    """Make the source alone, as `build` does.
+
+    Raises:
+        ValueError: its keys are unknown, missing or of the wrong type.
+        DataError: files that do not exist.
+    """
+    return registry.build({key: value for key, value in _flat(data).items() if key not in _MODULE_KEYS})
 
 
 def _flat(data: recipe.Data | Mapping[str, Any]) -> dict[str, Any]:

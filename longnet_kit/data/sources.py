@@ -12,10 +12,13 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from longnet_kit.data.errors import DataError
 from longnet_kit.registry import Registry
+
+if TYPE_CHECKING:
+    from longnet_kit.data.language_modeling import LanguageModelingData
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -41,6 +44,16 @@ class Source:
 
     label: str = ""
     """A readable part of the cache folder's name; the class's name where empty."""
+    supplies: Literal["text", "answers", "labels"] = "text"
+    """What its batches are to be trained on: every next token, those of answers alone, or a class for each sequence.
+    A task names those that it takes."""
+
+    @classmethod
+    def data_module(cls) -> type[LanguageModelingData]:
+        """The data module that makes batches of it."""
+        from longnet_kit.data.language_modeling import LanguageModelingData
+
+        return LanguageModelingData
 
     def documents(self, as_bytes: bool) -> Iterator[Document]:
         """Every document, in the same order whenever the fingerprint is the same.

@@ -15,7 +15,9 @@ from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor
 
 from longnet_kit.attention.sharding import bound
+from longnet_kit.data import tokenizers
 from longnet_kit.model import Transformer
+from longnet_kit.model import build as network_of
 from longnet_kit.model.loss import IGNORED, token_losses
 from longnet_kit.tasks import optimization, register, windows
 from longnet_kit.tasks.metrics import LossByPosition, MeanLoss
@@ -46,6 +48,13 @@ class LanguageModeling(LightningModule):
     """
 
     model: Transformer
+    takes: tuple[str, ...] = ("text", "answers")
+    """The kinds of data that it can be trained on, see `data.Source.supplies`."""
+
+    @classmethod
+    def build_network(cls, r: recipe.Recipe, dtype: torch.dtype) -> Transformer:
+        """The bare network of a recipe; `dtype` is that of its matrix products."""
+        return network_of(r.model, tokenizers.build(r.data.tokenizer).vocab_size, r.data.seq_len, dtype=dtype)
 
     def __init__(
         self, model: Transformer, optimizer: recipe.Optimizer, *, max_steps: int, eval_contexts: Sequence[int] = ()
