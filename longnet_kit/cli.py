@@ -157,7 +157,8 @@ def _pattern(arguments: argparse.Namespace) -> int:
 def _sweep(arguments: argparse.Namespace) -> int:
     from longnet_kit import sweep
 
-    return sweep.sweep(arguments.recipe, arguments.overrides)
+    more = [item for item in arguments.overrides if "=" not in item]
+    return sweep.sweep([arguments.recipe, *more], [item for item in arguments.overrides if "=" in item])
 
 
 def _compare(arguments: argparse.Namespace) -> int:

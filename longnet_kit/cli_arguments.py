@@ -84,8 +84,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     drawn = ("overrides", "length=N key.path=value", "tokens in the drawn sequence, by default 16; keys of the recipe")
     pattern = verb("pattern", "draw who attends to whom, per branch and head, and mixed", recipe, drawn)
     pattern.add_argument("--output", type=Path, metavar="FILE", help="also draw a figure: a .png, .pdf or .svg file")
-    grid = ("overrides", "key.path=a,b,c", "values to try: one run for each combination; or a single value for all")
-    verb("sweep", "train a recipe once for each combination of values; goes on where it was", recipe, grid)
+    swept = ("recipe", f"{recipe[1]}; or a folder, for every recipe in it")
+    grid = (
+        "overrides",
+        "RECIPE key.path=a,b,c",
+        "more recipes; and values to try: one run for each combination, or a single value for all",
+    )
+    verb("sweep", "train recipes once for each combination of values; goes on where it was", swept, grid)
     runs = ("runs", "RUN", "run directories, folders of them, or patterns like 'runs/*'; by default all in runs/")
     _add_comparison(verb("compare", "hold runs against each other, in a table and a plot", rest=runs))
     board = verb("board", "start TensorBoard on runs/ and print its address")
@@ -147,7 +152,10 @@ def _add_comparison(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("--metric", metavar="TAG", action="append", default=[], help="show this one; may be repeated")
     compare.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves: a .png, .pdf or .svg file")
     compare.add_argument(
-        "--against", choices=("steps", "tokens", "seconds"), default="steps", help="what the plot's curves are over"
+        "--against",
+        choices=("steps", "tokens", "flops", "seconds"),
+        default="steps",
+        help="what the plot's curves are over",
     )
     compare.add_argument("--csv", type=Path, metavar="FILE", help="write the table in full precision")
     compare.add_argument("--markdown", action="store_true", help="print the table as Markdown")

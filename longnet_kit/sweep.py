@@ -1,23 +1,23 @@
 """A grid of runs, one process after another: what `longnet sweep` does.
 
-Each cell is a run runs/<name>_sweep_<cell>, which `longnet fit` trains from a recipe of its own, as it was when the
-sweep started: runs/<name>_sweep/<cell>.yaml, beside its log. The same command again goes on where a sweep was left,
-however it ended.
+Several recipes share one grid. Each cell is a run runs/<name>_sweep_<cell>, which `longnet fit` trains from a recipe of
+its own, as it was when the sweep started: runs/<name>_sweep/<cell>.yaml, beside its log. The same command again goes on
+where a sweep was left, however it ended.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from longnet_kit import recipe, resume, run_lock, runs, sweep_grid, sweep_view
+from longnet_kit import recipe, resume, run_lock, runs, shipped, sweep_grid, sweep_view
 from longnet_kit.recipe import Recipe
 from longnet_kit.sweep_child import Child, Signals, Tail, open_log
 from longnet_kit.sweep_grid import Cell, Grid
@@ -27,7 +27,7 @@ ERROR_LINES = 5
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Run:
     """A cell and the run that it is."""
 
@@ -50,11 +50,12 @@ class Run:
         return resume.find(self.recipe)
 
 
-def sweep(path: str, items: Sequence[str]) -> int:
+def sweep(paths: str | Sequence[str], items: Sequence[str]) -> int:
     """Train every cell of the grid that the items span, and compare the runs.
 
     Args:
-        path: a recipe file, or the name of a shipped recipe.
+        paths: a recipe file, the name of a shipped recipe, or a folder, which stands for every recipe in it; or several
+            of these, each of which is trained on the whole grid.
         items: `key.path=value` for all cells, `key.path=value,value` for an axis.
 
     Returns:
@@ -64,7 +65,7 @@ def sweep(path: str, items: Sequence[str]) -> int:
         ValueError: the grid or a cell's recipe cannot be used; nothing was started then.
         KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came. The run that went on then has ended.
     """
-    cells = _runs(path, sweep_grid.parse(items))
+    cells = _of_all(_recipes([paths] if isinstance(paths, str) else paths), sweep_grid.parse(items))
     with Signals() as signals, sweep_view.view(len(cells)) as view:
         outcomes = _Sweep(cells, signals, view).train()
     words = [f"{outcomes.count(FINISHED)} of {len(cells)} runs finished"]
@@ -193,6 +194,50 @@ class _Sweep:
         self._view.say(f"{self._head}: {words}")
 
 
+def _recipes(paths: Sequence[str]) -> list[str]:
+    """Every recipe that is meant, in the order given, those of a folder by their names."""
+    found: list[str] = []
+    for path in paths:
+        if not Path(path).is_dir():
+            found.append(path)
+            continue
+        files = sorted(str(file) for file in Path(path).glob(f"*{shipped.SUFFIX}"))
+        if not files:
+            raise ValueError(f"{path} is a folder without recipes (*{shipped.SUFFIX})")
+        found += files
+    return found
+
+
+def _of_all(paths: Sequence[str], grid: Grid) -> list[Run]:
+    """The runs of every recipe, one recipe after the other; a ValueError tells of all recipes that cannot be swept."""
+    if len(paths) == 1:
+        return _runs(paths[0], grid)
+    if grid.name is not None:
+        raise ValueError(
+            f"name: got {grid.name!r} for {len(paths)} recipes; each has a name of its own, so leave it out"
+        )
+    found: dict[str, list[Run]] = {}
+    problems: list[str] = []
+    for path in paths:
+        try:
+            own = _runs(path, grid)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if twice := [path for path, others in found.items() if others[0].log == own[0].log]:
+            problems.append(f"{twice[0]} and {path} have the same name, so their runs would be the same; rename one")
+        found[path] = [replace(run, cell=replace(run.cell, label=_label(path, run.cell))) for run in own]
+    if problems:
+        raise ValueError("\n  ".join(problems if len(problems) == 1 else [f"{len(problems)} problems", *problems]))
+    return [run for own in found.values() for run in own]
+
+
+def _label(path: str, cell: Cell) -> str:
+    """What a cell of one recipe of several is called."""
+    name = Path(path).stem
+    return name if cell.label == sweep_grid.ONLY else f"{name} {cell.label}"
+
+
 def _runs(path: str, grid: Grid) -> list[Run]:
     """The run of every cell; a ValueError tells of all cells that cannot be one."""
     named = [] if grid.name is None else [f"name={json.dumps(grid.name)}"]
@@ -212,7 +257,7 @@ def _runs(path: str, grid: Grid) -> list[Run]:
     found = []
     for cell, r in zip(grid.cells(room), recipes, strict=True):
         name = f"{base}_{cell.name}"
-        found.append(Run(cell, dataclasses.replace(r, name=name), runs.ROOT / base / f"{cell.name}.log"))
+        found.append(Run(cell, replace(r, name=name), runs.ROOT / base / f"{cell.name}.log"))
         try:
             found[-1].place()
         except ValueError as error:

@@ -22,6 +22,8 @@ from longnet_kit.recipe_yaml import Reader
 NAME_LENGTH = 100
 """The longest name that a recipe may have."""
 HASH_LENGTH, VALUE_LENGTH = 8, 32
+ONLY = "the only cell"
+"""The label of the cell of a grid without axes."""
 _NAME = "every cell is a run with a name of its own; give one name, which the sweep takes"
 _RESUME = "a sweep goes on with every run by itself; leave resume out"
 
@@ -67,7 +69,7 @@ class Grid:
         found = []
         for chosen in itertools.product(*(zip(axis.texts, axis.values, strict=True) for axis in self.axes)):
             picked = {axis.key: pick for axis, pick in zip(self.axes, chosen, strict=True)}
-            label = " ".join(f"{short[key]}={text}" for key, (text, _) in picked.items()) or "the only cell"
+            label = " ".join(f"{short[key]}={text}" for key, (text, _) in picked.items()) or ONLY
             name = _cell_name({short[key]: value for key, (_, value) in picked.items()}, room)
             items = [*self.fixed, *(f"{key}={text}" for key, (text, _) in picked.items())]
             items.sort(key=_depth)  # a whole mapping would replace the keys inside it that come before

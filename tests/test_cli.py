@@ -80,7 +80,9 @@ def test_pattern_takes_a_length_a_file_and_keys_in_any_order(
 
 def test_sweep_passes_its_items_and_its_verdict(calls: list[Any]) -> None:
     assert cli.main(["sweep", "quickstart", "model.layers=1,2", "seed=3"]) == 1
-    assert calls == [("quickstart", ["model.layers=1,2", "seed=3"])]
+    assert calls == [(["quickstart"], ["model.layers=1,2", "seed=3"])]
+    cli.main(["sweep", "quickstart", "folder", "seed=1,2", "other.yaml"])
+    assert calls[1] == (["quickstart", "folder", "other.yaml"], ["seed=1,2"])
 
 
 def test_compare_takes_runs_and_options_in_any_order(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_a_run_leaves_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -
     summary = json.loads((run / "summary.json").read_text())
     tags = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "train/mfu", "val/loss"}
     tags |= {"val/perplexity", "val/bits_per_byte", "val/perplexity@8", "val/perplexity@32"}
-    tags |= {"train/tokens", "train/seconds", "train/peak_memory"}
+    tags |= {"train/tokens", "train/flops", "train/seconds", "train/peak_memory"}
     assert set(summary) == tags | {"status"}
     assert summary["status"] == "finished"
     assert set(curve(run, "train/loss")) == {2, 4, 6}

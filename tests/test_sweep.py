@@ -19,7 +19,7 @@ import pytest
 import rich
 from rich.console import Console
 
-from longnet_kit import recipe, resume, run_lock, runs, sweep, sweep_view
+from longnet_kit import recipe, resume, run_lock, runs, sweep, sweep_grid, sweep_view
 from tests.parallel import desk
 
 pytestmark = pytest.mark.timeout(300)
@@ -323,6 +323,48 @@ def test_what_is_wrong_with_every_cell_is_told_once() -> None:
         sweep.sweep("tinny.yaml", ["model.dim=16,32"])
     with pytest.raises(ValueError, match="leaves no room for the cells; give the sweep a name of at most 84"):
         sweep.sweep("tiny.yaml", ["model.dim=16,32", "name=" + "n" * 90])
+    assert not Path("runs").exists()
+
+
+def family() -> None:
+    """Two recipes in a folder, over tiny.yaml."""
+    Path("family").mkdir()
+    for name in ("b", "a"):
+        Path(f"family/{name}.yaml").write_text(f"extends: ../tiny.yaml\nname: the_{name}\n")
+
+
+def test_the_recipes_of_a_folder_share_the_grid() -> None:
+    family()
+    found = sweep._of_all(sweep._recipes(["family", "tiny.yaml"]), sweep_grid.parse(["model.dim=16,32"]))
+    assert [run.cell.label for run in found] == [f"{stem} dim={n}" for stem in ("a", "b", "tiny") for n in (16, 32)]
+    assert [run.recipe.name for run in found[::2]] == [f"{x}_sweep_dim-16" for x in ("the_a", "the_b", "tiny")]
+    assert [run.recipe.model.dim for run in found] == [16, 32] * 3
+    assert found[0].log == Path("runs/the_a_sweep/dim-16.log")
+    alone = sweep._of_all(["family/a.yaml"], sweep_grid.parse([]))
+    assert [run.cell.label for run in alone] == ["the only cell"]
+
+
+def test_the_runs_of_several_recipes_are_compared_together(start: Callable[..., Sweep]) -> None:
+    family()
+    out = start(*ALONE, "trainer.max_steps=2", path="family").end(0)
+    assert "[1/2] a: finished in" in out and "[2/2] b: finished in" in out and "2 of 2 runs finished" in out
+    assert "the table of runs/the_a_sweep_cell/version_0 runs/the_b_sweep_cell/version_0" in out
+
+
+def test_recipes_that_cannot_be_swept_together_are_told_of_at_once() -> None:
+    family()
+    Path("family/c.yaml").write_text("extends: ../tiny.yaml\nname: the_a\n")
+    Path("family/d.yaml").write_text("extends: ../tiny.yaml\nname: d\nmodel: {heds: 2}\n")
+    with pytest.raises(
+        ValueError, match=r"^2 problems\n  family/a\.yaml and family/c\.yaml have the same name"
+    ) as caught:
+        sweep.sweep("family", [])
+    assert "model.heds" in str(caught.value)
+    with pytest.raises(ValueError, match="name: got 'mine' for 2 recipes; each has a name of its own"):
+        sweep.sweep(["family/a.yaml", "family/b.yaml"], ["name=mine"])
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match="empty is a folder without recipes"):
+        sweep.sweep("empty", [])
     assert not Path("runs").exists()
 
 

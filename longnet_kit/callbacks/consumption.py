@@ -1,4 +1,4 @@
-"""What a run has used so far: tokens, seconds, memory; and its curves against tokens."""
+"""What a run has used so far: tokens, FLOPs, seconds, memory; and its curves against tokens."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from longnet_kit.callbacks.board import Board, boards
+from longnet_kit.callbacks.throughput import flops_per_token
 from longnet_kit.tasks.scalars import due, write
 
 VS_TOKENS = ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte")
@@ -23,11 +24,13 @@ _STATUS = Path("/proc/self/status")
 
 
 class Consumption(Callback):
-    """Writes `train/tokens`, `train/seconds` and `train/peak_memory` whenever training scalars are due.
+    """Writes `train/tokens`, `train/flops`, `train/seconds` and `train/peak_memory` whenever training scalars are due.
 
-    Tokens are those trained on by all ranks; seconds are the run's, validations included, the last one too; memory is
-    the most that a rank had at once while it trained, in bytes: allocated by torch on CUDA, resident in the process on
-    a CPU; it is left out where the system does not say. A resumed run goes on with all three.
+    Tokens are those trained on by all ranks; FLOPs those that their training takes, 3 * model.flops per sequence, where
+    the attention backend can count them (what is computed twice to save memory counts once); seconds are the run's,
+    validations included, the last one too; memory is the most that a rank had at once while it trained, in bytes:
+    allocated by torch on CUDA, resident in the process on a CPU; it is left out where the system does not say. A
+    resumed run goes on with all of them.
 
     In TensorBoard, `vs_tokens/<tag>` shows the scalars of `VS_TOKENS` with tokens in place of steps, so that runs of
     different batches overlay.
@@ -37,6 +40,7 @@ class Consumption(Callback):
         self._tokens = 0
         self._pending = 0
         self._peak = 0.0
+        self._flops_per_token: float | None = None
         self._seconds = 0.0
         self._began: float | None = None
         self._recorded = 0
@@ -50,6 +54,7 @@ class Consumption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began, self._recorded = time.monotonic(), trainer.global_step
+        self._flops_per_token = flops_per_token(pl_module)
         _forget_peak(pl_module.device)
 
     def on_train_batch_end(
@@ -61,7 +66,7 @@ class Consumption(Callback):
         self._tokens, self._pending = self._tokens + self._pending, 0  # of whole optimizer steps, as checkpoints are
         if not due(trainer, trainer.global_step):
             return
-        write(trainer, {"train/tokens": float(self._tokens)}, trainer.global_step)
+        self._count(trainer)
         self._draw(trainer, "train/")
         if trainer.global_step < trainer.max_steps:  # else a validation follows, which takes time too
             self._record(trainer, pl_module)
@@ -76,9 +81,16 @@ class Consumption(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorded != trainer.global_step:
             if not due(trainer, trainer.global_step):  # a run that has stopped early
-                write(trainer, {"train/tokens": float(self._tokens)}, trainer.global_step)
+                self._count(trainer)
             self._record(trainer, pl_module)
         self._seconds, self._began = self._run_time(), None
+
+    def _count(self, trainer: Trainer) -> None:
+        """Write how much was trained by now."""
+        scalars = {"train/tokens": float(self._tokens)}
+        if self._flops_per_token is not None:
+            scalars["train/flops"] = self._tokens * self._flops_per_token
+        write(trainer, scalars, trainer.global_step)
 
     def _record(self, trainer: Trainer, module: LightningModule) -> None:
         """Write the time and memory that were used by now; the ranks do it together."""

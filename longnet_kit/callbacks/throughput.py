@@ -55,10 +55,8 @@ class Throughput(Callback):
         self._in_bursts = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model: Any = pl_module.model
-        flops = model.flops(model.seq_len)
-        if flops is not None:
-            self._flops_per_token = 3 * flops / model.seq_len
+        self._flops_per_token = flops_per_token(pl_module)
+        if self._flops_per_token is not None:
             self._peak = trainer.world_size * peak_flops(pl_module.device, compute_dtype(str(trainer.precision)))
         self._began, self._in_bursts = _clock(pl_module.device), 0.0
         self._tokens, self._paused, self._pause_began, self._first_step = 0, 0.0, None, trainer.global_step
@@ -112,6 +110,13 @@ class Throughput(Callback):
 
     def _now(self, module: LightningModule) -> Moment:
         return Moment(_clock(module.device) - self._paused, self._tokens)
+
+
+def flops_per_token(module: LightningModule) -> float | None:
+    """FLOPs that training takes for each token of a whole sequence; None where the attention backend cannot say."""
+    model: Any = module.model
+    flops = model.flops(model.seq_len)
+    return None if flops is None else 3 * flops / model.seq_len
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

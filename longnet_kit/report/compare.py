@@ -39,7 +39,7 @@ def compare(
         sort: the tag to sort by, best run first; by default val/loss.
         metrics: the tags whose final values are shown, and which are drawn.
         plot: a .png, .pdf or .svg file to draw curves into.
-        against: the horizontal axis of the plot: steps, tokens or seconds.
+        against: the horizontal axis of the plot: steps, tokens, flops or seconds.
         csv: a file for the table with its values in full.
         markdown: give the table in Markdown.
 

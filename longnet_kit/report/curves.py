@@ -1,4 +1,4 @@
-"""Curves of several runs in one figure: a panel for each tag, against steps, tokens or seconds.
+"""Curves of several runs in one figure: a panel for each tag, against steps, tokens, FLOPs or seconds.
 
 matplotlib is imported on first use, and pyplot never. A long curve is drawn as the medians of its stretches, in a band
 that reaches to their extremes: noise would hide the other curves, and nothing that stands out is lost.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".pdf", ".svg")
-AXES = {"steps": None, "tokens": "train/tokens", "seconds": "train/seconds"}
+AXES = {"steps": None, "tokens": "train/tokens", "flops": "train/flops", "seconds": "train/seconds"}
 """What curves are drawn against, and the tag that says how much of it a step has seen."""
 _STRETCHES, _LONG = 200, 800
 _FEW, _LEGEND_ROWS = 10, 25
@@ -51,7 +51,7 @@ class Bands(NamedTuple):
 def check(plot: Path | None, against: str) -> None:
     """Raise ValueError where the file or the axis of a plot is none, before anything is read."""
     if against not in AXES:
-        raise ValueError(f"--against {against}: expected steps, tokens or seconds; {typed.suggestion(against, AXES)}")
+        raise ValueError(f"--against {against}: expected {', '.join(AXES)}; {typed.suggestion(against, AXES)}")
     if plot is None:
         return
     if plot.suffix.lower() not in SUFFIXES:
@@ -99,8 +99,8 @@ def place(series: Series, seen: Series | None) -> Points:
     """Where the values of a tag stand on the horizontal axis, from left to right.
 
     Args:
-        seen: what the steps of training rows had seen, tokens or seconds; between them it grows evenly, and after the
-            last at the pace that it had there. None for steps themselves.
+        seen: what the steps of training rows had seen, in tokens, FLOPs or seconds; between them it grows evenly, and
+            after the last at the pace that it had there. None for steps themselves.
     """
     order = np.argsort(series.steps, kind="stable")
     steps, values = series.steps[order], series.values[order]
@@ -214,6 +214,7 @@ def _unit(against: str, furthest: float) -> tuple[float, str]:
             (1e6, "tokens (millions)"),
             (1.0, "tokens"),
         ],
+        "flops": [(10.0**power, f"training FLOPs (10^{power})") for power in (21, 18, 15, 12)],
         "seconds": [(3600.0, "hours of training"), (60.0, "minutes of training"), (1.0, "seconds of training")],
     }[against]
     return next((unit for unit in units if furthest >= 2 * unit[0]), units[-1])

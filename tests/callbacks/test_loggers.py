@@ -65,10 +65,12 @@ def test_scalars_and_figures_are_at_their_steps(tmp_path: Path) -> None:
     found = events(tmp_path)
     table = logged(tmp_path)
     scalars = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "train/mfu"}
-    scalars |= {"train/tokens", "train/seconds", "train/peak_memory"}
+    scalars |= {"train/tokens", "train/flops", "train/seconds", "train/peak_memory"}
     scalars |= {"val/loss", "val/perplexity", "val/bits_per_byte", "val/perplexity@4", "val/perplexity@8"}
     assert set(found.Tags()["scalars"]) - {f"vs_tokens/{tag}" for tag in VS_TOKENS} == scalars == set(table)
     assert scalars == set(last.values)
+    flops = 3 * run.model.model.flops(SEQ_LEN)
+    assert table["train/flops"] == {step: pytest.approx(step * BATCH * flops) for step in table["train/tokens"]}
     for tag in scalars:
         read = {event.step: event.value for event in found.Scalars(tag)}
         assert read == pytest.approx(table[tag], rel=1e-6)

@@ -135,7 +135,9 @@ def test_a_plot_that_cannot_be_is_refused_before_runs_are_read() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             compare(["missing"], plot=Path(plot))
-    with pytest.raises(ValueError, match="--against token: expected steps, tokens or seconds; did you mean 'tokens'"):
+    with pytest.raises(
+        ValueError, match="--against token: expected steps, tokens, flops, seconds; did you mean 'tokens'"
+    ):
         compare(["missing"], against="token")
 
 
@@ -153,6 +155,7 @@ def test_a_place_that_may_not_be_written_is_told(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("against", "furthest", "unit"),
     [("steps", 1e9, "optimizer steps"), ("tokens", 3e9, "tokens (billions)"), ("tokens", 100, "tokens"),
+     ("flops", 5e16, "training FLOPs (10^15)"),
      ("seconds", 60, "seconds of training"), ("seconds", 600, "minutes of training"),
      ("seconds", 9000, "hours of training")],
 )  # fmt: skip
