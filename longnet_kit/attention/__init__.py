@@ -26,7 +26,14 @@ def build(config: Mapping[str, Any]) -> AttentionBackend:
     return registry.build(config)
 
 
-from longnet_kit.attention import block_sparse, dilated, naive, padding, sdpa  # noqa: E402, F401  (they register)
+from longnet_kit.attention import (  # noqa: E402, F401  (they register)
+    block_sparse,
+    block_sparse_torch,
+    dilated,
+    naive,
+    padding,
+    sdpa,
+)
 from longnet_kit.attention.multihead import MultiheadDilatedAttention  # noqa: E402
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Block-sparse attention by xformers: the backend and its choice between two routes.
+"""Block-sparse attention: what its backends share, and the one by xformers with its choice between two routes.
 
 `block_sparse_fmha` runs xformers' memory-efficient kernels, on CUDA in half precision; `block_sparse_tensor` runs
 anywhere. Both give the same softmax. xformers is imported when the backend is first asked to run.
@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from longnet_kit.attention import block_sparse_cached, block_sparse_fmha, block_sparse_tensor, patterns, register
+from longnet_kit.attention import (
+    block_sparse_cached,
+    block_sparse_fmha,
+    block_sparse_merged,
+    block_sparse_tensor,
+    patterns,
+    register,
+)
 from longnet_kit.attention.backend import AttentionBackend, Support
 from longnet_kit.attention.cache import KeyValueCache
 from longnet_kit.attention.patterns import Count
@@ -26,8 +33,41 @@ class Route(NamedTuple):
     """Why fmha does not run; empty when it does."""
 
 
+class BlockSparseBackend(AttentionBackend):
+    """What the block-sparse backends share: the pattern and the cache."""
+
+    def __init__(self, pattern: patterns.BlockSparse) -> None:
+        super().__init__()
+        self._pattern = pattern
+
+    @property
+    def pattern(self) -> patterns.BlockSparse:
+        return self._pattern
+
+    def new_cache(self, batch_size: int, heads: int, head_dim: int, **factory: Any) -> KeyValueCache:
+        """A cache of every key, up to `max_tokens`."""
+        return KeyValueCache(batch_size, heads, head_dim, **factory)
+
+    def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache) -> Tensor:
+        """See `AttentionBackend.forward_cached`; visible blocks are gathered for torch's kernels."""
+        return block_sparse_cached.attend(q, k, v, self._pattern, cache)
+
+    def extra_repr(self) -> str:
+        p = self._pattern
+        numbers = f"block_size={p.block_size}, local_blocks={p.local_blocks}, summary_blocks={p.summary_blocks}"
+        return f"pattern={p.layout!r}, {numbers}"
+
+
+def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype that autocast asks for; float64 stays."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
 @register("xformers")
-class BlockSparseAttention(AttentionBackend):
+class BlockSparseAttention(BlockSparseBackend):
     """Attention between blocks of tokens: a local window, or Sparse Transformer's fixed pattern (arXiv 1904.10509).
 
     On CUDA in float16 and bfloat16 it runs on xformers' fmha kernels where a small trial of them comes out right, with
@@ -54,36 +94,22 @@ class BlockSparseAttention(AttentionBackend):
         local_blocks: Count = 4,
         summary_blocks: Count = 1,
     ) -> None:
-        super().__init__()
-        self._pattern = patterns.BlockSparse(pattern, block_size, local_blocks, summary_blocks)
+        super().__init__(patterns.BlockSparse(pattern, block_size, local_blocks, summary_blocks))
         if block_size < block_sparse_tensor.SMALLEST_BLOCK:
             raise ValueError(
                 f"block_size is {block_size}; xformers takes blocks of at least {block_sparse_tensor.SMALLEST_BLOCK} "
                 "tokens, of any size from there on"
             )
 
-    @property
-    def pattern(self) -> patterns.BlockSparse:
-        return self._pattern
-
     @torch.compiler.disable
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, key_padding_mask: Tensor | None = None
     ) -> Tensor:
-        if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+        q, k, v = in_autocast(q, k, v)
         kernel, _ = block_sparse_fmha.probe(q.device, q.dtype, q.shape[-1])
         if kernel is None:
             return block_sparse_tensor.attend(q, k, v, self._pattern, causal, key_padding_mask)
-        return block_sparse_fmha.attend(q, k, v, self._pattern, causal, key_padding_mask, kernel)
-
-    def new_cache(self, batch_size: int, heads: int, head_dim: int, **factory: Any) -> KeyValueCache:
-        """A cache of every key, up to `max_tokens`."""
-        return KeyValueCache(batch_size, heads, head_dim, **factory)
-
-    def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache) -> Tensor:
-        """See `AttentionBackend.forward_cached`; visible blocks are gathered for torch's kernels."""
-        return block_sparse_cached.attend(q, k, v, self._pattern, cache)
+        return block_sparse_merged.attend(q, k, v, self._pattern, causal, key_padding_mask, kernel)
 
     def route(self, device: torch.device | str, dtype: torch.dtype, head_dim: int = 64) -> Route:
         """Which implementation runs inputs of this kind (under autocast: of the autocast dtype), padded or not."""
@@ -109,8 +135,3 @@ class BlockSparseAttention(AttentionBackend):
                 "dilated",
             )
         return Support(True)
-
-    def extra_repr(self) -> str:
-        p = self._pattern
-        numbers = f"block_size={p.block_size}, local_blocks={p.local_blocks}, summary_blocks={p.summary_blocks}"
-        return f"pattern={p.layout!r}, {numbers}"

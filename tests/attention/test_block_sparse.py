@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_kit import attention
-from longnet_kit.attention import block_sparse, block_sparse_fmha, block_sparse_tensor
+from longnet_kit.attention import block_sparse, block_sparse_fmha, block_sparse_merged, block_sparse_tensor
 from longnet_kit.attention.block_sparse_pieces import pieces, staircase
 from longnet_kit.attention.patterns import BlockSparse
 from longnet_kit.testing import check_backend, run_checks
@@ -34,17 +34,15 @@ def block_patterns(draw: st.DrawFn, block_sizes: st.SearchStrategy[int]) -> Bloc
     return BlockSparse(draw(st.sampled_from(["fixed", "local"])), draw(block_sizes), local_blocks, summary_blocks)
 
 
-def backend_of(pattern: BlockSparse) -> block_sparse.BlockSparseAttention:
-    return block_sparse.BlockSparseAttention(
-        pattern.layout,  # type: ignore[arg-type]
-        pattern.block_size,
-        pattern.local_blocks,
-        pattern.summary_blocks,
-    )
+def backend_of(pattern: BlockSparse, name: str = "xformers") -> attention.AttentionBackend:
+    numbers = {key: getattr(pattern, key) for key in ("block_size", "local_blocks", "summary_blocks")}
+    return attention.build({"backend": name, "pattern": pattern.layout, **numbers})
 
 
 class Plain:
     """fmha's part, in plain torch under the materialised bias."""
+
+    bias = staticmethod(block_sparse_fmha.Fmha.bias)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float) -> tuple[Tensor, Tensor]:
         scores = self._scores(q, k, bias, scale)
@@ -67,9 +65,9 @@ class Plain:
         return scores + bias.materialize((q.shape[1], k.shape[1]), exact)
 
 
-def through_pieces(pattern: BlockSparse, kernel: block_sparse_fmha.Kernel | None = None) -> Any:
+def through_pieces(pattern: BlockSparse, kernel: block_sparse_merged.Kernel | None = None) -> Any:
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
-        return block_sparse_fmha.attend(q, k, v, pattern, causal, mask, kernel or Plain())
+        return block_sparse_merged.attend(q, k, v, pattern, causal, mask, kernel or Plain())
 
     return attend
 
@@ -86,6 +84,12 @@ def test_merged_pieces_give_the_pattern(drawn: Problem, pattern: BlockSparse) ->
     drawn.assert_matches(through_pieces(pattern), pattern)
 
 
+@settings(deadline=None, max_examples=100)
+@given(problems(max_seq_len=150), block_patterns(st.sampled_from([1, 2, 5, 16, 33])))
+def test_torchs_kernels_give_the_pattern(drawn: Problem, pattern: BlockSparse) -> None:
+    drawn.assert_matches(backend_of(pattern, "block_sparse"), pattern)
+
+
 @BOTH
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("seq_len", [1, 15, 16, 17, 97, 32 * 4, 32 * 4 + 1])
@@ -95,6 +99,7 @@ def test_the_hard_lengths(layout: str, causal: bool, seq_len: int) -> None:
     for mask in (None, lone):
         drawn = problem(3, seq_len, 2, 4, causal, mask)
         drawn.assert_matches(backend_of(pattern), pattern)
+        drawn.assert_matches(backend_of(pattern, "block_sparse"), pattern)
         drawn.assert_matches(through_pieces(pattern), pattern)
 
 
@@ -108,11 +113,11 @@ def test_biases_show_each_visible_pair_once(
     tokens = torch.arange(batch * seq_len)
     shown = torch.zeros(len(tokens), len(tokens), dtype=torch.int32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_sparse_fmha, "MAX_SEGMENTS", most)
-        block_sparse_fmha.plan.cache_clear()
+        patch.setattr(block_sparse_merged, "MAX_SEGMENTS", most)
+        block_sparse_merged.plan.cache_clear()
         key = (pattern.layout, pattern.block_size, pattern.local_blocks, pattern.summary_blocks)
-        calls = block_sparse_fmha.plan(key, batch, seq_len, causal, torch.device("cpu"))
-        block_sparse_fmha.plan.cache_clear()
+        calls = block_sparse_merged.plan(key, batch, seq_len, causal, torch.device("cpu"), Plain.bias)
+        block_sparse_merged.plan.cache_clear()
     for queries, keys, bias in calls:
         rows, columns = tokens[queries], tokens[keys]
         assert len(bias.q_seqinfo.seqstart_py) - 1 <= most
@@ -215,7 +220,7 @@ def test_pieces_are_mixed_exactly_under_autocast() -> None:
 
 def test_a_first_run_in_inference_mode_does_not_spoil_training() -> None:
     block_sparse_tensor._visible.cache_clear()
-    block_sparse_fmha.plan.cache_clear()
+    block_sparse_merged.plan.cache_clear()
     pattern = BlockSparse("fixed", 16, 2, 1)
     for run in (backend_of(pattern), through_pieces(pattern)):
         with torch.inference_mode():
@@ -292,7 +297,7 @@ def test_slices_of_a_fused_projection_reach_the_kernel_without_a_copy() -> None:
 
 @pytest.mark.parametrize(("most", "calls"), [(24 * 2 * 8, 3), (2 * 24 * 2 * 8, 2), (10**9, 1)])
 def test_batches_too_large_for_32_bits_are_split(monkeypatch: pytest.MonkeyPatch, most: int, calls: int) -> None:
-    monkeypatch.setattr(block_sparse_fmha, "MAX_ELEMENTS", most)
+    monkeypatch.setattr(block_sparse_merged, "MAX_ELEMENTS", most)
     seen = []
 
     class Spy(Plain):
@@ -306,7 +311,7 @@ def test_batches_too_large_for_32_bits_are_split(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_sequence_too_large_for_32_bits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_sparse_fmha, "MAX_ELEMENTS", 100)
+    monkeypatch.setattr(block_sparse_merged, "MAX_ELEMENTS", 100)
     with pytest.raises(ValueError, match=r"one sequence of \(24, 2, 8\).*384 elements.*at most 100: shorten"):
         problem(1, 24, 2, 8).outcome(through_pieces(BlockSparse("fixed", 4, 2, 1)))
 
