@@ -7,10 +7,11 @@ arguments are its recipe keys. Tokenizing and storing are the cache's business.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -90,8 +91,32 @@ _TESTS = {"test", "tests", "idle_test"}
 _SHIPPED_APART = {"distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "tkinter", "turtledemo"}
 
 
+class PythonFiles(Source):
+    """Python source on this machine, split by a hash of each file's name.
+
+    A file that is not UTF-8 is left out, unless the tokenizer takes bytes.
+
+    Args:
+        files: by their names.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+
+    def documents(self, as_bytes: bool) -> Iterator[Document]:
+        for name, path in self._files.items():
+            try:
+                raw = path.read_bytes()
+                yield Document(name, raw if as_bytes else raw.decode())
+            except (OSError, UnicodeDecodeError):
+                continue
+
+    def fingerprint(self) -> Any:
+        return [sys.version, [[name, *stamp(path)] for name, path in self._files.items()]]
+
+
 @registry.register("python_stdlib")
-class PythonStdlib(Source):
+class PythonStdlib(PythonFiles):
     """The running interpreter's own library: some 9 MB of real Python source, found on every machine.
 
     Left out: installed packages, tests, and what distributions ship in packages of their own or generate, so that the
@@ -105,34 +130,62 @@ class PythonStdlib(Source):
     label = "python_stdlib"
 
     def __init__(self) -> None:
-        self._root = Path(sysconfig.get_path("stdlib"))
-        self._files = list(self._find())
+        root = Path(sysconfig.get_path("stdlib"))
+        left_out = _PACKAGES | _TESTS | _SHIPPED_APART
+        super().__init__({path.relative_to(root).as_posix(): path for path in _python_files(root, left_out)})
         if not self._files:
             raise DataError(
-                f"data.source python_stdlib: {sys.executable} has no library sources in {self._root}; "
+                f"data.source python_stdlib: {sys.executable} has no library sources in {root}; "
                 "use an ordinary Python installation, or source: files with paths of your own"
             )
 
-    def documents(self, as_bytes: bool) -> Iterator[Document]:
-        for path in self._files:
-            try:
-                raw = path.read_bytes()
-                yield Document(self._name(path), raw if as_bytes else raw.decode())
-            except (OSError, UnicodeDecodeError):
-                continue
 
-    def fingerprint(self) -> Any:
-        return [sys.version, [[self._name(path), *stamp(path)] for path in self._files]]
+@registry.register("installed_packages")
+class InstalledPackages(PythonFiles):
+    """The Python source of installed packages, torch by default: 46 MB in version 2.13, wherever this kit runs.
 
-    def _find(self) -> Iterator[Path]:
-        for folder, folders, files in os.walk(self._root):
-            folders[:] = sorted(set(folders) - _PACKAGES - _TESTS - _SHIPPED_APART)
-            for file in sorted(files):
-                if file.endswith(".py") and not file.startswith("_sysconfigdata"):
-                    yield Path(folder, file)
+    It is alike wherever the packages are of the same versions. Files are split by a hash of their path.
 
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self._root).as_posix()
+    Args:
+        packages: names as in `import`.
+
+    Raises:
+        DataError: a package is not installed, or has no Python source.
+    """
+
+    label = "installed_packages"
+
+    def __init__(self, packages: Sequence[str] = ("torch",)) -> None:
+        if not packages:
+            raise DataError("data.packages is empty; name at least one installed package, like torch")
+        found = {package: _folder_of(package) for package in packages}
+        if missing := [package for package, folder in found.items() if folder is None]:
+            raise DataError(
+                f"data.packages: {', '.join(missing)}: no package of this name with Python source is installed in "
+                f"{sys.prefix}; install it, or name others"
+            )
+        folders = [folder for folder in found.values() if folder is not None]
+        files = ((folder.parent, path) for folder in folders for path in _python_files(folder, {"__pycache__"}))
+        super().__init__({path.relative_to(parent).as_posix(): path for parent, path in files})
+
+
+def _folder_of(package: str) -> Path | None:
+    """Where a top-level package lies; None unless it is installed and holds Python source."""
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except (ImportError, ValueError):
+        return None
+    folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
+    return next((folder for folder in folders if any(folder.rglob("*.py"))), None)
+
+
+def _python_files(root: Path, left_out: Set[str]) -> Iterator[Path]:
+    """The files of a folder and of those in it, sorted, but not of those called like one of `left_out`."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - left_out)
+        for file in sorted(files):
+            if file.endswith(".py") and not file.startswith("_sysconfigdata"):
+                yield Path(folder, file)
 
 
 def stamp(path: Path) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from longnet_kit import data
 from longnet_kit.data import DataError, Document, files, sources
 from longnet_kit.data.files import Files
-from longnet_kit.data.sources import SPLITS, PythonStdlib, split_of
+from longnet_kit.data.sources import SPLITS, InstalledPackages, PythonStdlib, split_of
 
 
 def texts(documents: Iterable[Document]) -> dict[str, Any]:
@@ -73,6 +73,31 @@ def test_library_files_that_are_not_utf8_are_left_out(tmp_path: Path, monkeypatc
     before = PythonStdlib().fingerprint()
     (tmp_path / "b.py").write_bytes(b"b = 12\n")
     assert PythonStdlib().fingerprint() != before
+
+
+def test_packages_give_their_source_under_their_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"one/a.py": "1", "one/sub/b.py": "22", "two/a.py": "333", "one/__pycache__/c.py": ""}.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/data.txt").write_text("no source")
+    monkeypatch.syspath_prepend(tmp_path)
+    source = InstalledPackages(["two", "one"])
+    documents = {d.name: d.content for d in source.documents(as_bytes=True)}
+    assert documents == {"two/a.py": b"333", "one/a.py": b"1", "one/sub/b.py": b"22"}
+    assert source.fingerprint() != InstalledPackages(["one"]).fingerprint()
+    for wrong in ("bare", "missing", "one.sub", "sys"):
+        with pytest.raises(DataError, match=rf"data\.packages: {wrong}: no package of this name"):
+            InstalledPackages(["one", wrong])
+    with pytest.raises(DataError, match="data.packages is empty"):
+        InstalledPackages([])
+
+
+def test_torch_is_real_code_on_every_machine_of_this_kit() -> None:
+    names = [d.name for d in InstalledPackages().documents(as_bytes=True)]
+    assert "torch/nn/functional.py" in names and len(names) > 1000
+    assert {split_of(name) for name in names} == set(SPLITS)
 
 
 @given(
