@@ -77,7 +77,8 @@ class Torch:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: list[Run], scale: float) -> tuple[Tensor, Tensor]:
         out, lse = torch.empty_like(q), q.new_empty(1, q.shape[2], q.shape[1], dtype=exact(q))
         for run, rows, columns in _places(bias):
-            out_, lse_ = flash.forward(*_batches(run, q[:, rows], k[:, columns], v[:, columns]), run.causal, scale)
+            q_, k_, v_ = _batches(run, q[:, rows], k[:, columns], v[:, columns])
+            out_, lse_ = flash.forward(q_, k_, v_, run.causal, scale)
             out[0, rows] = out_.transpose(1, 2).flatten(0, 1)
             lse[0, :, rows] = lse_.transpose(0, 1).flatten(1)
         return out, lse

@@ -1,27 +1,30 @@
-"""LongNet's dilated attention (arXiv 2307.02486): a dense kernel per strided view, merged into one softmax.
+"""The backend `dilated`: LongNet's attention (arXiv 2307.02486), and what its two ablations of the mixture choose.
 
-Forward: the kernel gives (out, lse) of each branch's view; they are mixed into the running ones by their softmax
-denominators (eq. 9-10). Backward: the kernel's backward, given the mixed out and lse in place of the branch's own,
-gives gradients that add up to those of the one softmax over the multiset of all branches' keys, mixing weights
-included. Only q, k, v, out and lse are kept in between, whatever the number of branches.
+How branches make one output is a `Combination`: the paper's and those with weights of their own are in
+`longnet_kit.attention.dilated_mixing`, the one that counts each key once in `longnet_kit.attention.dilated_union`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from longnet_kit.attention import dilated_cached, dilated_sharded, padding, patterns, register
+from longnet_kit.attention import padding, patterns, register
 from longnet_kit.attention.backend import AttentionBackend, Support
 from longnet_kit.attention.dilated_cached import DilatedCache
-from longnet_kit.attention.mixture import Gradients, Mixture, exact, unit_stride
-from longnet_kit.attention.patterns import Count, HeadOffsets
+from longnet_kit.attention.dilated_mixing import Call, Combination, Denominators, Equal, Learned
+from longnet_kit.attention.dilated_op import dilated, dilated_backward
+from longnet_kit.attention.dilated_union import Union
+from longnet_kit.attention.mixture import unit_stride
+from longnet_kit.attention.patterns import Count, HeadOffsets, Overlap
 from longnet_kit.attention.sharding import SequenceShard
-from longnet_kit.attention.views import View, branch_views
+
+__all__ = ["DilatedAttention", "dilated", "dilated_backward"]
+
+Mixing = Literal["denominators", "equal", "learned"]
 
 
 @register("dilated")
@@ -33,9 +36,14 @@ class DilatedAttention(AttentionBackend):
         dilation_rates: r of each branch.
         head_offsets: which residue a head keeps: `interleaved` (h mod r, the paper), `grouped` (torchscale), or `none`:
             0 for all, an ablation.
+        overlap: how often a key counts that several branches show: `multiset`: once for each of them (the paper), or
+            `set`: once, an ablation.
+        mixing: what weighs a branch against the others that keep a position: its softmax `denominators` (the paper, eq.
+            9-10), or as ablations `equal` weights, or `learned` ones: a softmax over a parameter per branch, which the
+            heads of a layer share, equal at first.
 
     Raises:
-        ValueError: the lists differ in length, are empty, or hold a number below 1.
+        ValueError: the lists differ in length, are empty, or hold a number below 1; or a set with weights per branch.
     """
 
     head_dependent = True
@@ -45,13 +53,21 @@ class DilatedAttention(AttentionBackend):
         segment_lengths: Sequence[Count] = (2048, 4096, 8192, 16384, 32768),
         dilation_rates: Sequence[Count] = (1, 2, 4, 6, 12),
         head_offsets: HeadOffsets = "interleaved",
+        overlap: Overlap = "multiset",
+        mixing: Mixing = "denominators",
     ) -> None:
         super().__init__()
-        self._pattern = patterns.Dilated(segment_lengths, dilation_rates, head_offsets)
+        self._pattern = patterns.Dilated(segment_lengths, dilation_rates, head_offsets, overlap)
+        self.mixing = _combination(overlap, mixing, len(self._pattern.branches))
 
     @property
     def pattern(self) -> patterns.Dilated:
         return self._pattern
+
+    @property
+    def branch_logits(self) -> Tensor | None:
+        """See `Inspected.branch_logits`."""
+        return self.mixing.logits
 
     def forward(
         self,
@@ -76,44 +92,44 @@ class DilatedAttention(AttentionBackend):
         first_head: int = 0,
         total_heads: int | None = None,
     ) -> Tensor:
-        """Attend from a shard to the sequence; of segments longer than it, kept keys and values are exchanged."""
+        """Attend from a shard to the sequence; of segments longer than it, kept keys and values are exchanged.
+
+        With `overlap: set` ranks trade heads for the sequence instead.
+        """
         return self._attend(q, k, v, shard, causal, key_padding_mask, first_head, total_heads)
 
     def branch_lse(
         self, q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None, first_head: int, total_heads: int
     ) -> Tensor:
         """The log of each branch's softmax denominators from the kernels; memory does not grow with N squared."""
-        scale = q.shape[-1] ** -0.5
+        call = self._call(q, causal, first_head, total_heads)
         if key_padding_mask is not None:
             q, k, _ = padding.hide(q, k, k, key_padding_mask)
         q, k = unit_stride(q), unit_stride(k)
-        _, tokens, heads, _ = q.shape
-        branches, rule, shard = self._pattern.branches, self._pattern.head_offsets, self.shard
-        if shard is not None and shard.size > 1:
-            support = dilated_sharded.supports(branches, tokens * shard.size, shard.size)
-            if not support:
-                raise ValueError(support.reason)
-            return dilated_sharded.branch_lse(q, k, shard, branches, rule, first_head, total_heads, causal, scale)
-        found = []
-        for w, r in branches:
-            mixture = Mixture(q, covered=r == 1)
-            mixture.attend(branch_views(tokens, w, r, rule, first_head, heads, total_heads), q, k, k, causal, scale)
-            found.append(mixture.lse)
-        return torch.stack(found)
+        shard = self.shard
+        if shard is None or shard.size == 1:
+            return self.mixing.branch_lse(q, k, call)
+        support = self.supports_shards(seq_len=q.shape[1] * shard.size, shards=shard.size, heads=q.shape[2])
+        if not support:
+            raise ValueError(support.reason)
+        return self.mixing.branch_lse_sharded(q, k, shard, call)
 
     def new_cache(
         self, batch_size: int, heads: int, head_dim: int, *, max_tokens: int | None = None, **factory: Any
     ) -> DilatedCache:
         """A cache of fixed size: ceil(w / r) entries for each branch and head. It has no limit of tokens."""
-        return DilatedCache(batch_size, heads, head_dim, branches=self._pattern.branches, **factory)
+        return self.mixing.new_cache(batch_size, heads, head_dim, self._pattern.branches, **factory)
 
     def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: DilatedCache) -> Tensor:
         """See `AttentionBackend.forward_cached`."""
-        return dilated_cached.attend(q, k, v, cache, self._pattern.head_offsets, q.shape[-1] ** -0.5)
+        return self.mixing.cached(q, k, v, cache, self._call(q, True, 0, None))
 
     def supports_shards(self, *, seq_len: int, shards: int, heads: int) -> Support:
-        """Any number of heads; a segment must tile a shard or span whole shards."""
-        return dilated_sharded.supports(self._pattern.branches, seq_len, shards)
+        """Any number of heads; a segment must tile a shard or span whole shards.
+
+        With `overlap: set` any segments, and heads that divide among the shards.
+        """
+        return self.mixing.supports_shards(self._pattern.branches, seq_len, shards, heads)
 
     def _attend(
         self,
@@ -128,123 +144,33 @@ class DilatedAttention(AttentionBackend):
     ) -> Tensor:
         if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-        total_heads = q.shape[2] if total_heads is None else total_heads
-        scale = q.shape[-1] ** -0.5
+        call = self._call(q, causal, first_head, total_heads)
         if key_padding_mask is not None:
             q, k, v = padding.hide(q, k, v, key_padding_mask)
-        lengths, rates = (list(numbers) for numbers in zip(*self._pattern.branches, strict=True))
-        rule = self._pattern.head_offsets
-        if shard is None:
-            out, _ = dilated(q, k, v, lengths, rates, rule, first_head, total_heads, causal, scale)
-        else:
-            out = dilated_sharded.attend(
-                q, k, v, shard, self._pattern.branches, rule, first_head, total_heads, causal, scale
-            )
+        out = self.mixing.whole(q, k, v, call) if shard is None else self.mixing.sharded(q, k, v, shard, call)
         return out if key_padding_mask is None else padding.reveal(out, key_padding_mask)
 
+    def _call(self, q: Tensor, causal: bool, first_head: int, total_heads: int | None) -> Call:
+        """What is asked for with queries (B, N, H, D), before padding widens them."""
+        total_heads = q.shape[2] if total_heads is None else total_heads
+        rule = self._pattern.head_offsets
+        return Call(self._pattern.branches, rule, first_head, total_heads, causal, q.shape[-1] ** -0.5)
+
     def extra_repr(self) -> str:
-        return f"branches={self._pattern.branches}, head_offsets={self._pattern.head_offsets!r}"
+        pattern, mixing = self._pattern, type(self.mixing).__name__
+        return f"branches={pattern.branches}, head_offsets={pattern.head_offsets!r}, mixing={mixing}"
 
 
-@torch.library.custom_op("longnet_kit::dilated", mutates_args=())
-def dilated(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segment_lengths: list[int],
-    dilation_rates: list[int],
-    head_offsets: str,
-    first_head: int,
-    total_heads: int,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Dilated attention of all branches and the log of the mixed softmax's denominators.
-
-    Args:
-        q, k, v: (B, N, H, D), heads first_head to first_head + H - 1 of total_heads.
-
-    Returns:
-        out: (B, N, H, D), of q's dtype, 0 where no branch keeps the position. lse: (B, N, H), -inf there; float32
-        (float64 for float64).
-    """
-    q, k, v = (unit_stride(x) for x in (q, k, v))
-    mixture = Mixture(q, covered=1 in dilation_rates)
-    for views in _dense_first(q, segment_lengths, dilation_rates, head_offsets, first_head, total_heads):
-        mixture.attend(views, q, k, v, causal, scale)
-    return mixture.out.to(q.dtype), mixture.lse
-
-
-@torch.library.custom_op("longnet_kit::dilated_backward", mutates_args=())
-def dilated_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    segment_lengths: list[int],
-    dilation_rates: list[int],
-    head_offsets: str,
-    first_head: int,
-    total_heads: int,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, (B, N, H, D) each, from the saved tensors of `dilated`."""
-    q, k, v, grad_out = (unit_stride(x) for x in (q, k, v, grad_out))
-    grads = Gradients(q, covered=1 in dilation_rates)
-    for views in _dense_first(q, segment_lengths, dilation_rates, head_offsets, first_head, total_heads):
-        grads.add(views, grad_out, q, k, v, out, lse, causal, scale)
-    return grads.take(q.dtype)
-
-
-def _dense_first(
-    q: Tensor, lengths: list[int], rates: list[int], head_offsets: str, first_head: int, total_heads: int
-) -> Iterator[tuple[View, ...]]:
-    """The views of each branch, a branch of rate 1 first: it reaches every position, so it writes and others add."""
-    _, seq_len, heads, _ = q.shape
-    for w, r in sorted(zip(lengths, rates, strict=True), key=lambda branch: branch[1]):
-        yield branch_views(seq_len, w, r, head_offsets, first_head, heads, total_heads)  # type: ignore[arg-type]
-
-
-@dilated.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=exact(q))
-
-
-@dilated_backward.register_fake
-def _(grad_out: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = dilated_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
-    return (*grads, *(None for _ in ctx.settings))
-
-
-dilated.register_autograd(_backward, setup_context=_save)
-
-
-@register_flop_formula(torch.ops.longnet_kit.dilated)
-def _forward_flops(q_shape: Sequence[int], k_shape: Any, v_shape: Any, *settings: Any, **_: Any) -> int:
-    lengths, rates, head_offsets, first_head, total_heads, causal, _ = settings
-    batch, seq_len, heads, head_dim = q_shape
-    views = (
-        view
-        for w, r in zip(lengths, rates, strict=True)
-        for view in branch_views(seq_len, w, r, head_offsets, first_head, heads, total_heads)
-    )
-    pairs = sum(v.segments * v.heads * patterns.square(v.kept, causal) for v in views)
-    return 4 * batch * head_dim * pairs
-
-
-@register_flop_formula(torch.ops.longnet_kit.dilated_backward)
-def _backward_flops(grad_shape: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *settings: Any, **_: Any) -> int:
-    return 5 * _forward_flops(q, k, v, *settings) // 2  # five matrix products against two
+def _combination(overlap: Overlap, mixing: Mixing, branches: int) -> Combination:
+    """What the two keys choose; ValueError where they do not go together."""
+    if mixing not in ("denominators", "equal", "learned"):
+        raise ValueError(f"mixing is {mixing!r}, expected 'denominators', 'equal' or 'learned'")
+    if overlap == "set" and mixing != "denominators":
+        raise ValueError(
+            f"overlap is 'set' and mixing is {mixing!r}: a set is one softmax over the keys of all branches, each "
+            f"once, and {mixing} weights mix one softmax per branch, in which no key comes twice; set overlap to "
+            "'multiset', or mixing to 'denominators'"
+        )
+    if overlap == "set":
+        return Union()
+    return {"denominators": lambda _: Denominators(), "equal": Equal, "learned": Learned}[mixing](branches)

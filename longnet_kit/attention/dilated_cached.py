@@ -26,6 +26,8 @@ class _Branch(NamedTuple):
     w: int
     r: int
     entries: slice
+    index: int
+    """Among the branches as they were given."""
 
 
 class DilatedCache(Cache):
@@ -46,8 +48,8 @@ class DilatedCache(Cache):
     ) -> None:
         super().__init__(batch_size, heads, head_dim, **factory)
         self.branches, total = [], 0
-        for w, r in sorted(branches, key=lambda branch: branch[1]):
-            self.branches.append(_Branch(w, r, slice(total, total := total + -(-w // r))))
+        for i, (w, r) in sorted(enumerate(branches), key=lambda branch: branch[1][1]):
+            self.branches.append(_Branch(w, r, slice(total, total := total + -(-w // r)), i))
         self.entries = self.space(2, batch_size, heads, total, head_dim)
 
     @property
@@ -78,26 +80,50 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: DilatedCache, head_offsets: H
         (B, n, H, D), of q's dtype; 0 where no branch keeps the position.
     """
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    _, tokens, heads, _ = q.shape
+    tokens = q.shape[1]
     mixture = Mixture(q, covered=tokens > 1 and cache.branches[0].r == 1)
-    for w, r, place in cache.branches:
-        entries = cache.entries[:, :, :, place]  # (2, B, H, ceil(w / r), D)
-        rule = r, head_offsets, 0, heads, heads
-        first = cache.position % w
-        if tokens == 1:
-            _attend_one(mixture, q, k, v, entries, part_views(Part(1, first, w), *rule), scale)
-            continue
-        opened, begun, last = chunk_views(tokens, first, w, *rule)
-        mixture.attend((*(view for view, *_ in opened), *begun), q, k, v, True, scale)
-        for view, before, _ in opened:
-            if before:
-                keys, values = entries[:, :, view.head_slice, :before]
-                ((q_, out, lse),) = view.calls(q, mixture.out, mixture.lse)
-                mixture.add(out, lse, *flash.forward(q_, keys, values, False, scale))
-        for part in last:
-            _keep(part, k, v, entries)
+    for branch in cache.branches:
+        _attend_branch(mixture, q, k, v, cache, branch, head_offsets, scale)
     cache.position += tokens
     return mixture.out.to(q.dtype)
+
+
+def attend_each(
+    q: Tensor, k: Tensor, v: Tensor, cache: DilatedCache, head_offsets: HeadOffsets, scale: float
+) -> list[Tensor]:
+    """As `attend`, of each branch by itself, in the order in which the cache was given them."""
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    tokens, outs = q.shape[1], {}
+    for branch in cache.branches:
+        mixture = Mixture(q, covered=tokens > 1 and branch.r == 1)
+        _attend_branch(mixture, q, k, v, cache, branch, head_offsets, scale)
+        outs[branch.index] = mixture.out.to(q.dtype)
+    cache.position += tokens
+    return [outs[i] for i in range(len(outs))]
+
+
+def _attend_branch(
+    mixture: Mixture, q: Tensor, k: Tensor, v: Tensor, cache: DilatedCache, branch: _Branch, head_offsets: HeadOffsets,
+    scale: float,
+) -> None:  # fmt: skip
+    """Mix in a branch, and note what the next tokens will see of it."""
+    _, tokens, heads, _ = q.shape
+    w, r = branch.w, branch.r
+    entries = cache.entries[:, :, :, branch.entries]  # (2, B, H, ceil(w / r), D)
+    rule = r, head_offsets, 0, heads, heads
+    first = cache.position % w
+    if tokens == 1:
+        _attend_one(mixture, q, k, v, entries, part_views(Part(1, first, w), *rule), scale)
+        return
+    opened, begun, last = chunk_views(tokens, first, w, *rule)
+    mixture.attend((*(view for view, *_ in opened), *begun), q, k, v, True, scale)
+    for view, before, _ in opened:
+        if before:
+            keys, values = entries[:, :, view.head_slice, :before]
+            ((q_, out, lse),) = view.calls(q, mixture.out, mixture.lse)
+            mixture.add(out, lse, *flash.forward(q_, keys, values, False, scale))
+    for part in last:
+        _keep(part, k, v, entries)
 
 
 def _attend_one(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longnet_kit.attention import maps
+from longnet_kit.attention import maps, patterns
 from longnet_kit.attention.inputs import all_heads, check_inputs
 from longnet_kit.attention.patterns import Dilated, Pattern
 from longnet_kit.attention.sharding import SequenceShard, whole_sequence
@@ -29,6 +29,11 @@ class Inspected(nn.Module):
 
     shard: SequenceShard | None = None
     """Which part of longer sequences the inputs are; None when they are whole. A sequence-parallel strategy sets it."""
+
+    branch_logits: Tensor | None = None
+    """Where each branch has a softmax of its own, the logits of their weights, (branches,): their softmax over the
+    branches that keep a position for a head. None: there is one softmax, over all that the pattern shows.
+    """
 
     branches = _Branches()
     """(segment length, dilation rate) of each branch, in the recipe's order; [] where the pattern has none."""
@@ -75,7 +80,11 @@ class Inspected(nn.Module):
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             q, k, key_padding_mask, _ = self._whole(q, k, key_padding_mask)
             positions = maps.as_positions(queries, q.shape[1], q.device)
-            return maps.attention_map(self.pattern, q, k, positions, causal, key_padding_mask, first_head, total_heads)
+            rest = q, k, positions, causal, key_padding_mask, first_head, total_heads
+            if self.branch_logits is None:
+                return maps.attention_map(self.pattern, *rest)
+            assert isinstance(self.pattern, Dilated)
+            return maps.mixed_map(self.pattern, self.branch_logits, *rest)
 
     def branch_weights(
         self,
@@ -88,6 +97,9 @@ class Inspected(nn.Module):
     ) -> Tensor:
         """The share of each branch in the outputs (LongNet eq. 10), without autograd.
 
+        Where a key that several branches show counts once, it counts for the densest of them: what others have is what
+        they add. Where branches have weights of their own, the shares are these.
+
         In a sharded sequence all ranks call, and each gets the shares of its own tokens.
 
         Args:
@@ -97,7 +109,8 @@ class Inspected(nn.Module):
 
         Returns:
             (branches, B, N, H), in the order of `branches`, at least float32; 0 where a branch does not keep the
-            position for the head, or the query is padded. They sum to 1 wherever some branch keeps a real token.
+            position for the head or adds nothing, or the query is padded. They sum to 1 wherever some branch keeps a
+            real token.
 
         Raises:
             ValueError: malformed inputs, or a backend without branches.
@@ -110,7 +123,10 @@ class Inspected(nn.Module):
         check_inputs(q, k, k, key_padding_mask)
         total_heads = all_heads(q.shape[2], first_head, total_heads)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            weights = maps.shares(self.branch_lse(q, k, causal, key_padding_mask, first_head, total_heads))
+            if self.branch_logits is None:
+                weights = maps.shares(self.branch_lse(q, k, causal, key_padding_mask, first_head, total_heads))
+            else:
+                weights = self._own_weights(self.branch_logits, q, first_head, total_heads)
         return weights if key_padding_mask is None else weights.masked_fill(~key_padding_mask[:, :, None], 0)
 
     def branch_lse(
@@ -121,14 +137,25 @@ class Inspected(nn.Module):
         Inputs are as of `branch_weights`, checked. In a sharded sequence the default gathers q and k of all of it.
 
         Returns:
-            (branches, B, N, H), at least float32; -inf where a branch does not keep the position for the head, and
-            anything where the query is padded.
+            (branches, B, N, H), at least float32; -inf where a branch does not keep the position for the head, or (in a
+            set) shows it nothing that a denser one does not show; anything where the query is padded.
         """
         assert isinstance(self.pattern, Dilated)
         tokens = q.shape[1]
         q, k, key_padding_mask, first = self._whole(q, k, key_padding_mask)
         queries = torch.arange(first, first + tokens, device=q.device)
         return maps.branch_lse(self.pattern, q, k, queries, causal, key_padding_mask, first_head, total_heads)
+
+    def _own_weights(self, logits: Tensor, q: Tensor, first_head: int, total_heads: int) -> Tensor:
+        """`branch_weights` from the logits alone: (branches, B, N, H)."""
+        assert isinstance(self.pattern, Dilated)
+        batch, tokens, heads, _ = q.shape
+        first = 0 if self.shard is None else self.shard.first_position(tokens)
+        positions = torch.arange(first, first + tokens, device=q.device)
+        branches, rule = self.pattern.branches, self.pattern.head_offsets
+        kept = patterns.kept(branches, rule, positions, first_head, heads, total_heads)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        return maps.branch_shares(logits.to(q.device, exact), kept)[:, None].expand(-1, batch, -1, -1)
 
     def _whole(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """q, k and mask of the whole sequence, and the position in it of the first token that was given."""

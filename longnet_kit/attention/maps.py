@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from longnet_kit.attention import patterns
 from longnet_kit.attention.patterns import Dilated, Pattern
 
 MAX_SCORES = 2**24
@@ -59,6 +60,33 @@ def attention_map(
     return weights
 
 
+def mixed_map(
+    pattern: Dilated,
+    logits: Tensor,
+    q: Tensor,
+    k: Tensor,
+    queries: Tensor,
+    causal: bool,
+    key_padding_mask: Tensor | None,
+    first_head: int,
+    total_heads: int,
+) -> Tensor:
+    """`attention_map` where each branch has a softmax of its own, and these are mixed by logits, (branches,)."""
+    q, k = _widened(q, k, key_padding_mask)
+    batch, seq_len, heads, _ = q.shape
+    weights = q.new_zeros(batch, heads, len(queries), seq_len)
+    for chunk in chunks(k, total_heads, len(queries)):
+        chosen = queries[chunk]
+        kept = patterns.kept(pattern.branches, pattern.head_offsets, chosen, first_head, heads, total_heads)
+        a = branch_shares(logits.to(q.device, q.dtype), kept)  # (branches, Q, H)
+        for branch, a_i in zip(pattern.branches, a, strict=True):
+            m = pattern.branch_rows(branch, chosen.cpu(), seq_len, total_heads, causal)
+            m = m[first_head : first_head + heads].to(q.device)
+            own = weigh(q[:, chosen], k, m, _both_real(key_padding_mask, chosen))
+            weights[:, :, chunk] += a_i.T[:, :, None] * own
+    return weights
+
+
 def branch_lse(
     pattern: Dilated,
     q: Tensor,
@@ -69,18 +97,17 @@ def branch_lse(
     first_head: int,
     total_heads: int,
 ) -> Tensor:
-    """The log of each branch's softmax denominators, -inf where it keeps nothing: (branches, B, Q, H)."""
+    """The log of each branch's softmax denominators, -inf where nothing is due to it: (branches, B, Q, H)."""
     q, k = _widened(q, k, key_padding_mask)
     batch, seq_len, heads, _ = q.shape
     lse = q.new_empty(len(pattern.branches), batch, len(queries), heads)
     for chunk in chunks(k, total_heads, len(queries)):
         chosen = queries[chunk]
         scores, real = _scores(q[:, chosen], k), _both_real(key_padding_mask, chosen)
-        for branch, found in zip(pattern.branches, lse, strict=True):
-            rows = pattern.branch_rows(branch, chosen.cpu(), seq_len, total_heads, causal)
+        for i, rows in pattern.rows_due(chosen.cpu(), seq_len, total_heads, causal):
             seen = rows[first_head : first_head + heads].bool().to(q.device)
             seen = seen if real is None else seen & real[:, None]
-            found[:, chunk] = scores.masked_fill(~seen, float("-inf")).logsumexp(-1).transpose(1, 2)
+            lse[i, :, chunk] = scores.masked_fill(~seen, float("-inf")).logsumexp(-1).transpose(1, 2)
     return lse
 
 
@@ -101,6 +128,21 @@ def shares(lse: Tensor) -> Tensor:
         The shape of lse; 0 where a branch keeps nothing.
     """
     return torch.where(lse == -torch.inf, 0, (lse - lse.logsumexp(0)).exp())
+
+
+def branch_shares(logits: Tensor, kept: Tensor) -> Tensor:
+    """The weight of each branch where they have weights of their own: a softmax over those that keep the position.
+
+    Args:
+        logits: (branches,).
+        kept: (branches, n, H) bool.
+
+    Returns:
+        (branches, n, H), of the dtype of the logits; 0 where a branch does not keep the position for the head.
+    """
+    blind = ~kept.any(0)
+    open_to_all = logits[:, None, None].masked_fill(~kept & ~blind, float("-inf"))  # rows of -inf have no gradient
+    return open_to_all.softmax(0).masked_fill(blind, 0)
 
 
 def as_positions(queries: Tensor | Sequence[int] | None, seq_len: int, device: torch.device) -> Tensor:

@@ -7,18 +7,21 @@ then the softmax over the multiset of keys, that is, dense attention with bias l
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
+from longnet_kit.attention import unions
 from longnet_kit.registry import Registry
 from longnet_kit.typed import Range
 
 Count = Annotated[int, Range(at_least=1)]
 HeadOffsets = Literal["interleaved", "grouped", "none"]
+Overlap = Literal["multiset", "set"]
 
 
 class Pattern:
@@ -91,6 +94,8 @@ class Dilated(RowPattern):
         dilation_rates: r of each branch; as many as there are segment lengths.
         head_offsets: `interleaved`: h mod r (the paper). `grouped`: h // ceil(H / r) (torchscale, GigaPath). `none`: 0,
             so that all heads keep the same positions.
+        overlap: how often a key counts that several branches show: `multiset`: once for each of them (the paper).
+            `set`: once, an ablation.
 
     Raises:
         ValueError: the two lists differ in length, are empty, or hold a number below 1.
@@ -101,6 +106,7 @@ class Dilated(RowPattern):
         segment_lengths: Sequence[Count],
         dilation_rates: Sequence[Count],
         head_offsets: HeadOffsets = "interleaved",
+        overlap: Overlap = "multiset",
     ) -> None:
         lengths, rates = list(segment_lengths), list(dilation_rates)
         if len(lengths) != len(rates) or not lengths:
@@ -113,6 +119,8 @@ class Dilated(RowPattern):
                 raise ValueError(f"{name} is {values}, expected whole numbers of at least 1")
         if head_offsets not in ("interleaved", "grouped", "none"):
             raise ValueError(f"head_offsets is {head_offsets!r}, expected 'interleaved', 'grouped' or 'none'")
+        if overlap not in ("multiset", "set"):
+            raise ValueError(f"overlap is {overlap!r}, expected 'multiset' or 'set'")
         if 1 not in rates:
             warnings.warn(
                 f"no branch has dilation rate 1 (dilation_rates: {rates}): where no branch keeps a position for a "
@@ -121,6 +129,7 @@ class Dilated(RowPattern):
             )
         self.branches: list[tuple[int, int]] = list(zip(lengths, rates, strict=True))
         self.head_offsets: HeadOffsets = head_offsets
+        self.overlap: Overlap = overlap
 
     def offset(self, head: int, rate: int, heads: int) -> int:
         """The residue that a head keeps in a branch of dilation rate `rate`, out of `heads` heads in all."""
@@ -128,15 +137,25 @@ class Dilated(RowPattern):
 
     def keeps(self, branch: tuple[int, int], seq_len: int, heads: int) -> Tensor:
         """Which positions each head keeps in one branch: (H, N) bool."""
-        w, r = branch
-        offsets = torch.tensor([self.offset(h, r, heads) for h in range(heads)])
-        return torch.arange(seq_len) % w % r == offsets[:, None]
+        return kept([branch], self.head_offsets, torch.arange(seq_len), 0, heads, heads)[0].T
 
     def rows(self, queries: Tensor, seq_len: int, heads: int, causal: bool) -> Tensor:
         m = torch.zeros(heads, len(queries), seq_len, dtype=torch.int32)
         for branch in self.branches:
             m += self.branch_rows(branch, queries, seq_len, heads, causal)
-        return m
+        return m.clamp_(max=1) if self.overlap == "set" else m
+
+    def rows_due(self, queries: Tensor, seq_len: int, heads: int, causal: bool) -> Iterator[tuple[int, Tensor]]:
+        """Each branch's index, and which of `rows` are due to it, (H, Q, N) of 0 and 1; together they make `rows`.
+
+        In a set a key is due to the densest branch that shows it, see `densest_first`.
+        """
+        seen: Tensor | None = None
+        for i in densest_first(self.branches):
+            shown = self.branch_rows(self.branches[i], queries, seq_len, heads, causal)
+            yield i, shown if seen is None else shown & ~seen
+            if self.overlap == "set":
+                seen = shown if seen is None else seen | shown
 
     def branch_multiplicity(self, branch: tuple[int, int], seq_len: int, heads: int, causal: bool) -> Tensor:
         """What one branch (w, r) alone shows: (H, N, N) int32 of 0 and 1."""
@@ -144,12 +163,16 @@ class Dilated(RowPattern):
 
     def branch_rows(self, branch: tuple[int, int], queries: Tensor, seq_len: int, heads: int, causal: bool) -> Tensor:
         """What one branch (w, r) alone shows chosen queries, (Q,) int: (H, Q, N) int32 of 0 and 1."""
-        kept = self.keeps(branch, seq_len, heads)  # (H, N)
+        keeps = self.keeps(branch, seq_len, heads)  # (H, N)
         segment = torch.arange(seq_len) // branch[0]
-        m = kept[:, queries, None] & kept[:, None, :] & (segment[queries, None] == segment)
+        m = keeps[:, queries, None] & keeps[:, None, :] & (segment[queries, None] == segment)
         return _up_to(queries, m.to(torch.int32), causal)
 
     def pairs(self, seq_len: int, heads: int, causal: bool) -> int:
+        if self.overlap == "set":
+            offsets = Counter(tuple(self.offset(h, r, heads) for _, r in self.branches) for h in range(heads))
+            branches = tuple(self.branches)
+            return sum(n * unions.pairs(branches, own, seq_len, causal) for own, n in offsets.items())
         return sum(
             segments * square(-(-(length - offset) // r), causal)
             for w, r in self.branches
@@ -157,6 +180,26 @@ class Dilated(RowPattern):
             for segments, length in ((seq_len // w, w), (1, seq_len % w))
             if offset < length
         )
+
+
+def kept(
+    branches: Sequence[tuple[int, int]],
+    rule: HeadOffsets,
+    positions: Tensor,
+    first_head: int,
+    heads: int,
+    total_heads: int,
+) -> Tensor:
+    """Which of some positions, (n,) int, heads first_head to first_head + H - 1 keep: (branches, n, H) bool."""
+    some_heads = range(first_head, first_head + heads)
+    offsets = [[head_offset(h, r, total_heads, rule) for h in some_heads] for _, r in branches]
+    w, r = positions.new_tensor(branches).T[:, :, None]  # (branches, 1)
+    return (positions % w % r).unsqueeze(-1) == positions.new_tensor(offsets)[:, None]
+
+
+def densest_first(branches: Sequence[tuple[int, int]]) -> list[int]:
+    """The indices of branches (w, r) in order of rate, and of length where that is equal."""
+    return sorted(range(len(branches)), key=lambda i: branches[i][::-1])
 
 
 def head_offset(head: int, rate: int, heads: int, rule: HeadOffsets) -> int:

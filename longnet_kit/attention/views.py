@@ -50,7 +50,7 @@ class View(NamedTuple):
 
         Batch and segments fold into one dimension where the strides let them; else one of the two is looped over.
         """
-        strided = [self._strided(x) for x in tensors]  # (B, segments, heads, kept, ...)
+        strided = [self.strided(x) for x in tensors]  # (B, segments, heads, kept, ...)
         batch = tensors[0].shape[0]
         if batch == 1:
             yield tuple(x[0] for x in strided)
@@ -63,7 +63,7 @@ class View(NamedTuple):
         else:
             yield from (tuple(x[b] for x in strided) for b in range(batch))
 
-    def _strided(self, x: Tensor) -> Tensor:
+    def strided(self, x: Tensor) -> Tensor:
         batch_stride, seq_stride, head_stride, *rest = x.stride()
         return x.as_strided(
             (x.shape[0], self.segments, self.heads, self.kept, *x.shape[3:]),

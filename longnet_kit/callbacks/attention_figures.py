@@ -13,6 +13,7 @@ from longnet_kit.attention import AttentionBackend
 from longnet_kit.attention.patterns import Dilated
 from longnet_kit.callbacks.board import Board, boards, draw
 from longnet_kit.report import figures, pattern_figures
+from longnet_kit.report.pattern import OWN_WEIGHTS
 
 DRAWN = 2048
 """Tokens that the figure of a pattern shows at most."""
@@ -31,7 +32,9 @@ class AttentionPattern(Callback):
         model: Any = pl_module.model
         length = min(model.seq_len, DRAWN)
         heads, causal = model.config["heads"], model.causal
-        draw(trainer, "attention_pattern", pattern_figures.pattern_figure(layers[0].pattern, length, heads, causal))
+        note = "" if layers[0].branch_logits is None else OWN_WEIGHTS
+        figure = pattern_figures.pattern_figure(layers[0].pattern, length, heads, causal, note)
+        draw(trainer, "attention_pattern", figure)
 
 
 class BranchWeights(Callback):

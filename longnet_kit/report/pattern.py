@@ -18,6 +18,8 @@ FORMATS = (".png", ".pdf", ".svg")
 WIDEST = 64
 """Tokens that are drawn as text, at most."""
 _DOTS_PER_INCH = 120
+OWN_WEIGHTS = "each branch has a softmax and a weight of its own: mixed is in how many of them a key is"
+"""What a picture of branches that are mixed otherwise than by denominators does not show."""
 
 
 def draw(r: Recipe, length: int = 16, output: Path | None = None) -> str:
@@ -39,7 +41,8 @@ def draw(r: Recipe, length: int = 16, output: Path | None = None) -> str:
     name, heads, causal = r.model.attention["backend"], r.model.heads, r.model.causal
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pattern = attention.build(r.model.attention).pattern
+        backend = attention.build(r.model.attention)
+    pattern = backend.pattern
     if pattern is None:
         raise ValueError(
             f"the attention backend {name!r} has no pattern to draw; write its `pattern`, or set another "
@@ -53,8 +56,11 @@ def draw(r: Recipe, length: int = 16, output: Path | None = None) -> str:
             f"That is too wide for a terminal, which shows up to {WIDEST} tokens; for a figure add --output pattern.png"
         )
     parts += [f"note: {warning.message}" for warning in caught] + _notes(name, pattern, length)
+    mixing = "" if backend.branch_logits is None else OWN_WEIGHTS
+    if mixing:
+        parts.append(f"note: {mixing}")
     if output is not None:
-        _write(pattern, length, heads, causal, output)
+        _write(pattern, length, heads, causal, output, mixing)
         parts.append(f"figure: {output}")
     return "\n\n".join(parts)
 
@@ -89,8 +95,8 @@ def _check_format(output: Path) -> None:
         raise ValueError(f"the figure would be {str(output)!r}; expected a file name that ends in {', '.join(FORMATS)}")
 
 
-def _write(pattern: Pattern, length: int, heads: int, causal: bool, output: Path) -> None:
-    figure = pattern_figure(pattern, length, heads, causal)
+def _write(pattern: Pattern, length: int, heads: int, causal: bool, output: Path, note: str) -> None:
+    figure = pattern_figure(pattern, length, heads, causal, note)
     try:
         figure.savefig(output, dpi=_DOTS_PER_INCH, format=output.suffix[1:].lower())
     except OSError as error:

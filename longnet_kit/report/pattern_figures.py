@@ -36,12 +36,13 @@ class _Column(NamedTuple):
     """None: keys are coloured by how often they are seen."""
 
 
-def pattern_figure(pattern: Pattern, length: int, heads: int, causal: bool = True) -> Figure:
+def pattern_figure(pattern: Pattern, length: int, heads: int, causal: bool = True, note: str = "") -> Figure:
     """Draw which keys the queries of each head see: a row per distinct head, a column per branch and for their mixture.
 
     Args:
         length: tokens in the sequence. Above 128 the panels show means over cells of several tokens.
         heads: heads of the layer. Heads that see the same share a row; at most 8 rows are drawn.
+        note: words to put below.
 
     Raises:
         ValueError: a length below 1 or above 65,536.
@@ -53,7 +54,9 @@ def pattern_figure(pattern: Pattern, length: int, heads: int, causal: bool = Tru
     asked = pattern, [group[0] for group in shown], length, heads, causal, cell
     if isinstance(pattern, Dilated):
         branches = pattern_panels.branch_pictures(pattern, *asked[1:])
-        pictures = torch.cat([branches, branches.sum(0, keepdim=True)]) if len(columns) > 1 else branches
+        pictures = branches
+        if len(columns) > 1:
+            pictures = torch.cat([branches, pattern_panels.picture_together(pattern, branches, *asked[1:])[None]])
     else:
         pictures = pattern_panels.pictures(*asked)[None]
     paint = Paint(length, cell, causal, pictures)
@@ -64,7 +67,7 @@ def pattern_figure(pattern: Pattern, length: int, heads: int, causal: bool = Tru
         paint.panel(axes, pictures[place, row].numpy(), columns[place].hue)
         if columns[place].segment:
             paint.segments(axes, columns[place].segment)
-    _label(figure, columns, sum(map(len, groups[MOST_HEADS:])))
+    _label(figure, columns, sum(map(len, groups[MOST_HEADS:])), note)
     paint.key(figure, counted=columns[-1].hue is None)
     return figure
 
@@ -80,7 +83,7 @@ def _columns(pattern: Pattern) -> list[_Column]:
     if not isinstance(pattern, Dilated):
         return [_Column("", 0, None)]
     branches = [_Column(f"w={w:,}, r={r:,}", w, HUES[i % len(HUES)]) for i, (w, r) in enumerate(pattern.branches)]
-    return branches if len(branches) == 1 else [*branches, _Column("mixed", 0, None)]
+    return branches if len(branches) == 1 else [*branches, _Column(pattern_panels.together(pattern), 0, None)]
 
 
 def _grid(names: Sequence[str], columns: Sequence[_Column], length: int) -> tuple[Figure, list[Axes]]:
@@ -105,11 +108,13 @@ def _grid(names: Sequence[str], columns: Sequence[_Column], length: int) -> tupl
     return figure, made
 
 
-def _label(figure: Figure, columns: Sequence[_Column], more: int) -> None:
+def _label(figure: Figure, columns: Sequence[_Column], more: int, note: str) -> None:
     if len(columns) == 1 and columns[0].title:
         figure.suptitle(columns[0].title, fontsize=10)
     words = "key position"
     if more:
         words += f"\n{more} more heads see other keys" if more > 1 else "\n1 more head sees other keys"
+    if note:
+        words += f"\n{note}"
     figure.supxlabel(words, fontsize=9)
     figure.supylabel("query position", fontsize=9)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longnet_kit.attention import unions
 from longnet_kit.attention.patterns import Dilated, Pattern
 
 _ENTRIES = 2**22
@@ -46,11 +47,30 @@ def branch_pictures(
     It is counted from how many kept tokens of each segment stand in each cell, whatever the length. Cells hold
     `cell` x `cell` pairs of query and key, those at the end perhaps fewer.
     """
-    found = [
-        torch.stack([_pairs(kept[head], branch[0], causal, cell) for head in chosen])
-        for branch in pattern.branches
-        for kept in [pattern.keeps(branch, seq_len, heads)]
-    ]
+    found = []
+    for branch in pattern.branches:
+        offsets = (pattern.offset(head, branch[1], heads) for head in chosen)
+        labels = (torch.from_numpy(unions.relation(branch, offset, seq_len)) for offset in offsets)
+        found.append(torch.stack([_pairs(of_head, causal, cell) for of_head in labels]))
+    return torch.stack(found) / _areas(seq_len, cell)
+
+
+def together(pattern: Dilated) -> str:
+    """What all branches together are called."""
+    return "union" if pattern.overlap == "set" else "mixed"
+
+
+def picture_together(
+    pattern: Dilated, branches: Tensor, chosen: Sequence[int], seq_len: int, heads: int, causal: bool, cell: int
+) -> Tensor:
+    """The mean multiplicity of all branches together, (chosen heads, C, C), from their `branch_pictures`."""
+    if pattern.overlap == "multiset":
+        return branches.sum(0)
+    found = []
+    for head in chosen:
+        offsets = [pattern.offset(head, r, heads) for _, r in pattern.branches]
+        signed = unions.signed(pattern.branches, offsets, seq_len)
+        found.append(sum(factor * _pairs(torch.from_numpy(labels), causal, cell) for labels, factor in signed))
     return torch.stack(found) / _areas(seq_len, cell)
 
 
@@ -63,11 +83,11 @@ def pictures(pattern: Pattern, chosen: Sequence[int], seq_len: int, heads: int, 
     return torch.cat(bands, 1) / _areas(seq_len, cell)
 
 
-def _pairs(kept: Tensor, w: int, causal: bool, cell: int) -> Tensor:
-    """How many pairs of kept positions, (N,) bool, that share a segment each cell holds: (C, C) float32."""
-    seq_len, position = len(kept), kept.nonzero().flatten()
-    counts = torch.zeros(-(-seq_len // w), -(-seq_len // cell))  # (segments, C)
-    counts.index_put_((position // w, position // cell), torch.ones(len(position)), accumulate=True)
+def _pairs(labels: Tensor, causal: bool, cell: int) -> Tensor:
+    """How many pairs of positions of one label, (N,) int and -1 for none, each cell holds: (C, C) float32."""
+    position = (labels >= 0).nonzero().flatten()
+    counts = torch.zeros(int(labels.max()) + 1, -(-len(labels) // cell))  # (labels, C)
+    counts.index_put_((labels[position], position // cell), torch.ones(len(position)), accumulate=True)
     pairs = counts.T @ counts
     if not causal:
         return pairs

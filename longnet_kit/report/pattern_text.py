@@ -54,14 +54,14 @@ def side_by_side(panels: Sequence[Panel]) -> str:
 
 
 def panels(pattern: Dilated, seq_len: int, heads: int, causal: bool, head: int) -> list[Panel]:
-    """What each branch of a dilated pattern shows to a head, and their mixture where there are several."""
+    """What each branch of a dilated pattern shows to a head, and all together where there are several."""
     branches = [
         (f"({w}, {r})", draw(pattern.branch_multiplicity((w, r), seq_len, heads, causal)[head]))
         for w, r in pattern.branches
     ]
     if len(branches) == 1:
         return branches
-    return [*branches, ("mixed", draw(pattern.multiplicity(seq_len, heads, causal)[head]))]
+    return [*branches, (pattern_panels.together(pattern), draw(pattern.multiplicity(seq_len, heads, causal)[head]))]
 
 
 def _residues(pattern: Dilated, group: list[int], heads: int) -> str:

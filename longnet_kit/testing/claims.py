@@ -1,6 +1,7 @@
 """The claims themselves, each a function of the backend under test; the first line of its docstring is the claim.
 
-It raises `Broken` where the claim does not hold, and `Unchecked` where that cannot be said.
+It raises `Broken` where the claim does not hold, and `Unchecked` where that cannot be said; it may return words on what
+that it holds means here.
 """
 
 from __future__ import annotations
@@ -38,10 +39,9 @@ def _shape_and_dtype(subject: Subject) -> None:
                 raise Broken(f"{case}: got {given}, expected {tuple(q.shape)} {q.dtype} on {q.device}")
 
 
-def _values_and_gradients(subject: Subject) -> None:
-    """Values and gradients are those of one softmax over the pattern's keys, scores scaled by 1/sqrt(D)"""
-    pattern = subject.backend.pattern
-    if pattern is None:
+def _values_and_gradients(subject: Subject) -> str:
+    """Values and gradients are those of the softmax over the pattern's keys, scores scaled by 1/sqrt(D)"""
+    if subject.backend.pattern is None:
         raise Unchecked("the backend has no pattern, so there is nothing to compare with")
     for seq_len, causal, case in cases(subject):
         masks: list[Tensor | None] = [None]
@@ -52,11 +52,14 @@ def _values_and_gradients(subject: Subject) -> None:
             grad_out = torch.randn_like(inputs[0])
             for mask in masks:
                 got, grads = outcome(subject.backend, inputs, grad_out, causal, mask)
-                wanted, wanted_grads = expected(pattern, inputs, grad_out, causal, mask)
+                wanted, wanted_grads = expected(subject.backend, inputs, grad_out, causal, mask)
                 where = f"{case}, heads {head_dim} wide" + ("" if mask is None else ", padded")
                 expect_close(got, wanted, subject.within, f"{where}: the output")
                 for name, grad, wanted_grad in zip("qkv", grads, wanted_grads, strict=True):
                     expect_close(grad, wanted_grad, subject.within, f"{where}: the gradient of {name}")
+    if subject.backend.branch_logits is None:
+        return ""
+    return "of one for each branch, that is, mixed by the backend's own weights"
 
 
 def _large_scores(subject: Subject) -> None:
@@ -70,7 +73,7 @@ def _large_scores(subject: Subject) -> None:
         # In narrow dtypes the rounding of such scores decides which key wins.
         within = {torch.float64: WITHIN[torch.float64], torch.float32: 1e-2}.get(subject.dtype)
         if subject.backend.pattern is not None and within is not None:
-            wanted, _ = expected(subject.backend.pattern, inputs, grad_out, causal)
+            wanted, _ = expected(subject.backend, inputs, grad_out, causal)
             expect_close(out, wanted, within, f"{case}, q and k times 30: the output")
 
 

@@ -94,11 +94,11 @@ def main_check(name: str, options: Mapping[str, Any]) -> int:
     return 1 if failed or unchecked == len(checks) else 0
 
 
-def _run(claim: Callable[[Subject], None], subject: Subject) -> Check:
+def _run(claim: Callable[[Subject], str | None], subject: Subject) -> Check:
     words = (claim.__doc__ or "").strip()
     torch.manual_seed(0)
     try:
-        claim(subject)
+        remark = claim(subject) or ""
     except Unchecked as reason:
         return Check(words, None, str(reason))
     except Broken as broken:
@@ -106,4 +106,4 @@ def _run(claim: Callable[[Subject], None], subject: Subject) -> Check:
     except Exception as error:  # a plug-in may raise anything
         where = traceback.extract_tb(error.__traceback__)[-1]
         return Check(words, False, f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})")
-    return Check(words, True)
+    return Check(words, True, remark)

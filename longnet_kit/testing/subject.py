@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from longnet_kit.attention.backend import AttentionBackend, Support
-from longnet_kit.attention.patterns import Pattern
-from longnet_kit.testing.multiset import reference
+from longnet_kit.attention.patterns import Dilated, Pattern
+from longnet_kit.testing.multiset import mixed_reference, reference
 
 SEQ_LENS = (1, 2, 7, 32, 61)
 WITHIN = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -125,10 +125,16 @@ def outcome(
 
 
 def expected(
-    pattern: Pattern, inputs: Inputs, grad_out: Tensor, causal: bool, mask: Tensor | None = None
+    backend: AttentionBackend, inputs: Inputs, grad_out: Tensor, causal: bool, mask: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Output and gradients of the reference, in float64 whatever the inputs are."""
-    return outcome(partial(reference, pattern), each(inputs, Tensor.double), grad_out.double(), causal, mask)
+    """Output and gradients of the reference, in float64 whatever the inputs are; for a backend that has a pattern."""
+    pattern, logits = backend.pattern, backend.branch_logits
+    assert pattern is not None
+    run = partial(reference, pattern)
+    if logits is not None:
+        assert isinstance(pattern, Dilated)
+        run = partial(mixed_reference, pattern, logits.detach())
+    return outcome(run, each(inputs, Tensor.double), grad_out.double(), causal, mask)
 
 
 def expect_close(got: Tensor, expected: Tensor, within: float, what: str) -> None:

@@ -122,6 +122,19 @@ def test_the_recipes_pattern_is_drawn_under_what_it_is() -> None:
     assert "not causal" in draw(r, 4) and "1111\n1111" in draw(r, 4)
 
 
+def test_the_union_shows_each_key_once(tmp_path: Path) -> None:
+    text = draw(load(*SMALL, "model.attention.overlap=set"), 16, tmp_path / "a.png")
+    assert "union" in text and "mixed" not in text and "2" not in text.split("\n\n")[2].split("\n", 1)[1]
+
+
+@pytest.mark.parametrize("mixing", ["equal", "learned"])
+def test_weights_of_the_branches_own_are_told_of(mixing: str, tmp_path: Path) -> None:
+    text = draw(load(*SMALL, f"model.attention.mixing={mixing}"), 16, tmp_path / "a.svg")
+    note = "each branch has a softmax and a weight of its own: mixed is in how many of them a key is"
+    assert f"note: {note}" in text and note in (tmp_path / "a.svg").read_text()
+    assert "weight of its own" not in draw(load(*SMALL))
+
+
 def test_a_pattern_without_branches_is_drawn_alone() -> None:
     assert draw(load("model.attention.backend=sdpa"), 3) == (
         "sdpa, 4 heads, causal, 3 tokens\n\nall 4 heads\n\n1··\n11·\n111"

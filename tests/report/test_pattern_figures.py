@@ -61,8 +61,11 @@ def test_pictures_are_means_of_the_multiplicity(
         m = pattern.branch_multiplicity(branch, seq_len, heads, causal)
         for head, picture in zip(chosen, pictures, strict=True):
             torch.testing.assert_close(picture.double(), pooled(m[head], cell), rtol=1e-6, atol=1e-6)
-    by_rows = pattern_panels.pictures(pattern, chosen, seq_len, heads, causal, cell)
-    torch.testing.assert_close(by_rows, found.sum(0), rtol=1e-5, atol=1e-6)
+    for overlap in ("multiset", "set"):
+        pattern = Dilated(**options, overlap=overlap)  # type: ignore[arg-type]
+        together = pattern_panels.picture_together(pattern, found, chosen, seq_len, heads, causal, cell)
+        by_rows = pattern_panels.pictures(pattern, chosen, seq_len, heads, causal, cell)
+        torch.testing.assert_close(by_rows, together, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("pattern", [Dense(), BlockSparse("fixed", 3, 2), BlockSparse("local", 5, 2), Skewed()])
@@ -89,6 +92,16 @@ def test_panels_show_each_branch_and_the_mixture(length: int, heads: int, causal
             assert torch.equal(seen(axes), m[group[0]] > 0)
         assert made[4 * row].get_ylabel() == pattern_panels.name(group, heads)
     assert [axes.get_title() for axes in made[:4]] == ["w=4, r=1", "w=8, r=2", "w=16, r=4", "mixed"]
+
+
+def test_the_union_of_a_set_has_one_colour_and_no_legend() -> None:
+    pattern = Dilated([4, 8, 16], [1, 2, 4], overlap="set")
+    figure = pattern_figure(pattern, 16, 4, note="as it were")
+    made = panels(figure)
+    assert made[3].get_title() == "union" and not figure.legends
+    assert torch.equal(seen(made[3]), SMALL.multiplicity(16, 4, True)[0] > 0)
+    assert len({tuple(colour) for colour in np.asarray(made[3].images[0].get_array()).reshape(-1, 3)}) == 3
+    assert figure.get_supxlabel() == "key position\nas it were"
 
 
 def test_the_mixture_is_coloured_by_multiplicity_and_the_legend_says_how() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from longnet_kit import attention, cli
 from longnet_kit.attention import flash, patterns
 from longnet_kit.attention.backend import AttentionBackend, Support
+from longnet_kit.attention.dilated import DilatedAttention
 from longnet_kit.testing import ConformanceError, check_backend, main_check, run_checks
 
 BRANCHES = {"segment_lengths": [4, 16], "dilation_rates": [1, 2]}
@@ -27,6 +28,9 @@ BRANCHES = {"segment_lengths": [4, 16], "dilation_rates": [1, 2]}
         {"backend": "naive", "pattern": {"kind": "dilated", **BRANCHES}},
         {"backend": "sdpa"},
         {"backend": "dilated", **BRANCHES},
+        {"backend": "dilated", **BRANCHES, "mixing": "equal"},
+        {"backend": "dilated", **BRANCHES, "mixing": "learned"},
+        {"backend": "naive", "pattern": {"kind": "dilated", **BRANCHES, "overlap": "set"}},
         {"backend": "xformers", "block_size": 16, "local_blocks": 2},
     ],
     ids=str,
@@ -34,6 +38,26 @@ BRANCHES = {"segment_lengths": [4, 16], "dilation_rates": [1, 2]}
 def test_the_kits_backends_conform(config: dict) -> None:
     checks = check_backend(attention.build(config))
     assert all(check.passed for check in checks)
+
+
+def test_a_set_conforms_but_for_the_cache_that_it_lacks() -> None:
+    checks = check_backend(attention.build({"backend": "dilated", **BRANCHES, "overlap": "set"}))
+    (lacking,) = (check for check in checks if not check.passed)
+    assert lacking.passed is None and "overlap: set has no cache" in lacking.message
+
+
+def test_weights_of_the_branches_own_are_not_taken_for_one_softmax() -> None:
+    """The report says what was compared; without its weights the backend fails."""
+
+    class Silent(DilatedAttention):
+        @property
+        def branch_logits(self) -> None:
+            return None
+
+    (told,) = (check for check in check_backend(DilatedAttention(**BRANCHES, mixing="equal")) if check.message)
+    assert "Values and gradients" in told.claim and "one for each branch" in told.message
+    with pytest.raises(ConformanceError, match="the output is off"):
+        check_backend(Silent(**BRANCHES, mixing="equal"))
 
 
 class Softmax(AttentionBackend):

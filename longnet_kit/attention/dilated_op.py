@@ -1,0 +1,128 @@
+"""LongNet's dilated attention (arXiv 2307.02486) as an operation: a kernel per strided view, merged into one softmax.
+
+Forward: the kernel gives (out, lse) of each branch's view; they are mixed into the running ones by their softmax
+denominators (eq. 9-10). Backward: the kernel's backward, given the mixed out and lse in place of the branch's own,
+gives gradients that add up to those of the one softmax over the multiset of all branches' keys, mixing weights
+included. Only q, k, v, out and lse are kept in between, whatever the number of branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from longnet_kit.attention import patterns
+from longnet_kit.attention.mixture import Gradients, Mixture, exact, unit_stride
+from longnet_kit.attention.views import View, branch_views
+
+
+@torch.library.custom_op("longnet_kit::dilated", mutates_args=())
+def dilated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_lengths: list[int],
+    dilation_rates: list[int],
+    head_offsets: str,
+    first_head: int,
+    total_heads: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Dilated attention of all branches and the log of the mixed softmax's denominators.
+
+    Args:
+        q, k, v: (B, N, H, D), heads first_head to first_head + H - 1 of total_heads.
+
+    Returns:
+        out: (B, N, H, D), of q's dtype, 0 where no branch keeps the position. lse: (B, N, H), -inf there; float32
+        (float64 for float64).
+    """
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    mixture = Mixture(q, covered=1 in dilation_rates)
+    for views in _dense_first(q, segment_lengths, dilation_rates, head_offsets, first_head, total_heads):
+        mixture.attend(views, q, k, v, causal, scale)
+    return mixture.out.to(q.dtype), mixture.lse
+
+
+@torch.library.custom_op("longnet_kit::dilated_backward", mutates_args=())
+def dilated_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segment_lengths: list[int],
+    dilation_rates: list[int],
+    head_offsets: str,
+    first_head: int,
+    total_heads: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, (B, N, H, D) each, from the saved tensors of `dilated`."""
+    q, k, v, grad_out = (unit_stride(x) for x in (q, k, v, grad_out))
+    grads = Gradients(q, covered=1 in dilation_rates)
+    for views in _dense_first(q, segment_lengths, dilation_rates, head_offsets, first_head, total_heads):
+        grads.add(views, grad_out, q, k, v, out, lse, causal, scale)
+    return grads.take(q.dtype)
+
+
+def _dense_first(
+    q: Tensor, lengths: list[int], rates: list[int], head_offsets: str, first_head: int, total_heads: int
+) -> Iterator[tuple[View, ...]]:
+    """The views of each branch, a branch of rate 1 first: it reaches every position, so it writes and others add."""
+    _, seq_len, heads, _ = q.shape
+    for w, r in sorted(zip(lengths, rates, strict=True), key=lambda branch: branch[1]):
+        yield branch_views(seq_len, w, r, head_offsets, first_head, heads, total_heads)  # type: ignore[arg-type]
+
+
+@dilated.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=exact(q))
+
+
+@dilated_backward.register_fake
+def _(grad_out: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    grads = dilated_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
+    return (*grads, *(None for _ in ctx.settings))
+
+
+dilated.register_autograd(_backward, setup_context=_save)
+
+
+def forward_flops(q_shape: Sequence[int], k_shape: Any, v_shape: Any, *settings: Any, **_: Any) -> int:
+    """FLOPs of an operation over dilated branches, from the arguments of `dilated`, shapes for tensors."""
+    lengths, rates, head_offsets, first_head, total_heads, causal, _ = settings
+    batch, seq_len, heads, head_dim = q_shape
+    views = (
+        view
+        for w, r in zip(lengths, rates, strict=True)
+        for view in branch_views(seq_len, w, r, head_offsets, first_head, heads, total_heads)
+    )
+    pairs = sum(v.segments * v.heads * patterns.square(v.kept, causal) for v in views)
+    return 4 * batch * head_dim * pairs
+
+
+def backward_flops(grad_shape: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *settings: Any, **_: Any) -> int:
+    """The same of its backward."""
+    return 5 * forward_flops(q, k, v, *settings) // 2  # five matrix products against two
+
+
+register_flop_formula(torch.ops.longnet_kit.dilated)(forward_flops)
+register_flop_formula(torch.ops.longnet_kit.dilated_backward)(backward_flops)
