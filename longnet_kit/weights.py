@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longnet_kit import checkpoint_io, runs
-from longnet_kit.model import torchscale
+from longnet_kit.model import image_weights, slide_weights, torchscale
 
 EXPORTED = ".safetensors"
 """What the name of an exported file ends in."""
 _RESUMED = {"global_step": int, "loops": dict, "lr_schedulers": list, "optimizer_states": list}
 """What a training goes on from, beside the weights."""
+_ELSEWHERE = (
+    (torchscale.is_decoder, torchscale.convert),
+    (slide_weights.is_slide_encoder, slide_weights.convert),
+    (image_weights.is_longvit, image_weights.convert),
+)
+"""Layouts of other projects: what tells one, and what makes a network's weights of it."""
+_SAVED_UNDER = ("model", "module", "teacher")
+"""Where torchscale's users, DeepSpeed and DINO have the state dictionary in what they save."""
+_SCALAR = np.float64(0).__reduce__()[0]
+_BESIDE = [
+    Namespace,
+    np.dtype,
+    type(np.dtype(np.float64)),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+"""What stands beside the weights in such files, arguments and learning rates; plain values, like those that torch takes."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -40,11 +58,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with torch.serialization.safe_globals(_BESIDE):
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(saved, Mapping):
         raise ValueError("it holds no state_dict")
-    for state in (saved, saved.get("model")):  # bare, and as torchscale's users save it
-        if isinstance(state, Mapping) and torchscale.is_decoder(state):
+    for state in (saved, *(saved.get(key) for key in _SAVED_UNDER)):
+        if isinstance(state, Mapping) and any(is_layout(state) for is_layout, _ in _ELSEWHERE):
             return {"state_dict": state}
     if not isinstance(saved.get("state_dict"), Mapping):
         raise ValueError("it holds no state_dict")
@@ -58,7 +77,8 @@ def _read_exported(path: Path) -> dict[str, Any]:
 def load(network: nn.Module, source: Path) -> None:
     """Load a network's weights, and nothing else, from a run directory, a checkpoint or an exported file.
 
-    A file with the state dictionary of a torchscale decoder is taken too, see `longnet_kit.model.torchscale`.
+    A file with the state dictionary of a torchscale decoder is taken too, see `longnet_kit.model.torchscale`, of a
+    slide encoder, see `longnet_kit.model.slide_weights`, and of a LongViT, see `longnet_kit.model.image_weights`.
 
     Raises:
         ValueError: nothing is there, or the first parameters that do not fit are named.
@@ -86,11 +106,12 @@ def check_resumable(network: nn.Module, path: Path) -> int:
 
 def fitting(network: nn.Module, path: Path, saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of the network in what `read` found; ValueError when they are those of another one."""
-    if torchscale.is_decoder(saved["state_dict"]):
-        try:
-            return torchscale.convert(saved["state_dict"], network)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+    for is_layout, convert in _ELSEWHERE:
+        if is_layout(saved["state_dict"]):
+            try:
+                return convert(saved["state_dict"], network)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
     weights = {
         key.removeprefix("model."): value
         for key, value in saved["state_dict"].items()

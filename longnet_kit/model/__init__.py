@@ -6,13 +6,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from longnet_kit.model.image_encoder import ImageClassifier, ImageEncoder, LongViT
 from longnet_kit.model.precision import compute_dtype
+from longnet_kit.model.slide_encoder import SlideEncoder
 from longnet_kit.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from longnet_kit import recipe
 
-__all__ = ["Transformer", "build", "compute_dtype"]
+__all__ = [
+    "ImageClassifier",
+    "ImageEncoder",
+    "LongViT",
+    "SlideEncoder",
+    "Transformer",
+    "build",
+    "compute_dtype",
+]
 
 
 def build(model: recipe.Model, vocab_size: int, seq_len: int, dtype: torch.dtype = torch.float32) -> Transformer:
