@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from longnet_kit import durable, experiment, recipe, runs, sweep
 from longnet_kit.inference import network
 from longnet_kit.model import Transformer
 from longnet_kit.model.loss import token_losses
-from longnet_kit.report import curves, history
+from longnet_kit.report import curves, history, pattern
 
 FOLDER = Path("recipes/study")
 LENGTHS = (512, 2048, 8192)
@@ -56,6 +56,7 @@ def main() -> int:
             directory = runs.ROOT / f"{_name(row, seed)}_sweep_cell"
             if (found := _finished(directory)) is not None:
                 _add({"row": row, "seed": seed, **_measured(found)})
+    _draw_patterns({row: path for row, path in rows.items() if row.startswith(study_report.ABLATED)})
     study_report.write(FOLDER, list(_results().values()), LENGTHS, SUFFIX)
     return code
 
@@ -77,6 +78,14 @@ def _finished(directory: Path) -> Path | None:
         version for version in runs.versions(directory.name) if runs.read_summary(version).get("status") == "finished"
     ]
     return found[-1] if found else None
+
+
+def _draw_patterns(rows: Mapping[str, Path]) -> None:
+    """Draw the patterns of the ablations as three branches show them on 16 tokens."""
+    (FOLDER / "patterns").mkdir(exist_ok=True)
+    small = ["model.attention.segment_lengths=[4,8,16]", "model.attention.dilation_rates=[1,2,4]"]
+    for row, path in rows.items():
+        pattern.draw(recipe.load(path, small), 16, FOLDER / "patterns" / f"{row}.png")
 
 
 def _results() -> dict[tuple[str, int], dict[str, Any]]:

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 Result = Mapping[str, Any]
 
-ABLATIONS = "longnet_4k_"
-"""How the rows of ablations begin; what they change is in what follows."""
+ABLATED = "longnet_4k"
+"""The row whose ablations begin with its name."""
 
 
 def write(folder: Path, results: Sequence[Result], lengths: Sequence[int], suffix: int) -> None:
@@ -23,8 +23,8 @@ def write(folder: Path, results: Sequence[Result], lengths: Sequence[int], suffi
     rows = _by_row(results)
     if not rows:
         return
-    main = {row: found for row, found in rows.items() if not row.startswith(ABLATIONS)}
-    others = {row: found for row, found in rows.items() if row.startswith(ABLATIONS) or row == ABLATIONS[:-1]}
+    main = {row: found for row, found in rows.items() if row == ABLATED or not row.startswith(ABLATED)}
+    others = {row: found for row, found in rows.items() if row.startswith(ABLATED)}
     blocks = [
         "# The study in small",
         _introduction(results, lengths, suffix),
@@ -42,7 +42,7 @@ def write(folder: Path, results: Sequence[Result], lengths: Sequence[int], suffi
         "![loss of the same tokens by the length of the prompt](prompt.png)",
     ]
     if len(others) > 1:
-        blocks += ["## Ablations of LongNet at 4K", _table(others, lengths, "test"), _patterns(folder, others)]
+        blocks += ["## Ablations of LongNet at 4K", _table(others, lengths, "test"), *map(_pattern, others)]
     (folder / "RESULTS.md").write_text("\n\n".join(block for block in blocks if block) + "\n")
     _perplexities(main, lengths).savefig(folder / "perplexity.png", dpi=120)
     _against_flops(main).savefig(folder / "flops.png", dpi=120)
@@ -96,10 +96,9 @@ def _prompt_table(rows: Mapping[str, Sequence[Result]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _patterns(folder: Path, rows: Mapping[str, Sequence[Result]]) -> str:
-    """The pictures of the patterns that are there, as `longnet pattern` draws them."""
-    found = [(row, folder / "patterns" / f"{row}.png") for row in rows]
-    return "\n\n".join(f"![{row}](patterns/{file.name})" for row, file in found if file.exists())
+def _pattern(row: str) -> str:
+    """The picture of a row's pattern in small, as tools/study.py has drawn it."""
+    return f"{row}, on 16 tokens:\n\n![who sees whom in {row}](patterns/{row}.png)"
 
 
 _STYLES = {"transformer": ("black", "o"), "sparse": ("tab:orange", "s"), "longnet": ("tab:blue", "^")}
