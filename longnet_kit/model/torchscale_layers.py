@@ -31,7 +31,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def is_encoder(state: Mapping[Any, Any], embed_dims: int) -> bool:
-    """Whether a state dictionary is laid out as an encoder of patches, which are embedded by a weight of so many dims."""
+    """Whether a state dictionary is laid out as an encoder of patches, embedded by a weight of so many dimensions."""
     embeds = [x for key, x in state.items() if isinstance(key, str) and key.endswith("patch_embed.proj.weight")]
     is_embedded = any(isinstance(x, Tensor) and x.dim() == embed_dims for x in embeds)
     return is_embedded and any(isinstance(key, str) and key.endswith(f"encoder.{FIRST}") for key in state)
