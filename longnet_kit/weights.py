@@ -34,7 +34,7 @@ _BESIDE = [
     type(np.dtype(np.float64)),
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-"""What stands beside the weights in such files, arguments and learning rates; plain values, like those that torch takes."""
+"""What such files hold beside the weights, arguments and learning rates, which torch takes only when told to."""
 
 
 def read(path: Path) -> dict[str, Any]:

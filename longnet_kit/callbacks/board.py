@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "quality": {
         "loss": ["Multiline", ["train/loss", "val/loss"]],
+        "accuracy": ["Multiline", ["train/accuracy", "val/accuracy"]],
         "perplexity": ["Multiline", ["val/perplexity.*"]],
         "bits per byte": ["Multiline", ["val/bits_per_byte"]],
     },

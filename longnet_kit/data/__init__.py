@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from longnet_kit.data import files as _files  # noqa: F401  (importing a source registers it)
 from longnet_kit.data import huggingface as _huggingface  # noqa: F401
+from longnet_kit.data import labelled_files as _labelled_files  # noqa: F401
+from longnet_kit.data import listops as _listops  # noqa: F401
+from longnet_kit.data import many_shot as _many_shot  # noqa: F401
+from longnet_kit.data import recall as _recall  # noqa: F401
+from longnet_kit.data.answers import Answer, AnswersSource, Example
 from longnet_kit.data.errors import DataError
+from longnet_kit.data.labels import Labelled, LabelledSource
 from longnet_kit.data.sources import Document, Source, registry
 
 if TYPE_CHECKING:
@@ -19,8 +25,13 @@ if TYPE_CHECKING:
     from longnet_kit.data.language_modeling import LanguageModelingData
 
 __all__ = [
+    "Answer",
+    "AnswersSource",
     "DataError",
     "Document",
+    "Example",
+    "Labelled",
+    "LabelledSource",
     "LanguageModelingData",
     "Source",
     "build",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +28,14 @@ Count = Annotated[int, typed.Range(at_least=1)]
 CountOrZero = Annotated[int, typed.Range(at_least=0)]
 
 
-class Windows(Dataset[dict[str, Tensor]]):
+class Samples(Dataset[dict[str, Tensor]]):
+    """A split as numbered samples; of item `PADDING` nothing counts."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError(f"{type(self).__name__} must write __len__()")
+
+
+class Windows(Samples):
     """A split cut into windows of `seq_len` tokens, one after the other; what is left at the end is not used.
 
     Item i holds `tokens` and `targets`, (seq_len,) int64 each, the targets one token further, and `index`, () int64.
@@ -184,12 +191,12 @@ class LanguageModelingData(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, after the last whole optimizer step: what has been read ahead does not count."""
         position = self._position(whole_steps=True)
-        return {**position._asdict(), "identity": self._opened().identity, "seq_len": self.seq_len}
+        return {**position._asdict(), "identity": self._identity(), "seq_len": self.seq_len}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`, also with another number of ranks; warns when the tokens are others now."""
         self._resumed = Position(state_dict["batches"], state_dict["windows"])
-        same = {"identity": self._opened().identity, "seq_len": self.seq_len}
+        same = {"identity": self._identity(), "seq_len": self.seq_len}
         if any(state_dict[key] != value for key, value in same.items()):
             rank_zero_warn(
                 "the training data is not the same as when the checkpoint was written; training goes on at the same "
@@ -236,14 +243,23 @@ class LanguageModelingData(LightningDataModule):
         windows = self._windows(split)
         return self._loader(windows, EvaluationSampler(windows, replicas=replicas, rank=rank))
 
-    def _windows(self, split: Split) -> Windows:
+    def _identity(self) -> str:
+        """Equal where the training data is."""
+        return self._opened().identity
+
+    def _windows(self, split: Split) -> Samples:
         return Windows(self._opened().splits[split], self.seq_len)
 
-    def _loader(self, windows: Windows, sampler: TrainingSampler | EvaluationSampler) -> ResumableLoader:
+    def _collate(self) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]] | None:
+        """What makes a batch of samples; None: they are stacked."""
+        return None
+
+    def _loader(self, windows: Samples, sampler: TrainingSampler | EvaluationSampler) -> ResumableLoader:
         return ResumableLoader(
             windows,
             batch_size=self.batch_size,
             sampler=sampler,
+            collate_fn=self._collate(),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=signals.ignore,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from longnet_kit import attention, model, placement, recipe, runs, weights
+from longnet_kit import attention, model, placement, recipe, runs, tasks, weights
 from longnet_kit.attention.patterns import Dilated
 from longnet_kit.data import tokenizers
 from longnet_kit.data.tokenizers import Tokenizer
@@ -80,6 +80,12 @@ def load(source: str | Path, reach: int | None = None, device: str | None = None
             and its attention has no branches.
     """
     r, path = find(source)
+    task: Any = tasks.registry.get(r.task)
+    if not getattr(task, "predicts_tokens", True):
+        raise ValueError(
+            f"{source} was trained for the task {r.task}, whose network predicts no next token, so it can neither "
+            "generate text nor stream it; `longnet test` measures it"
+        )
     added: list[tuple[int, int]] = []
     if reach is not None:
         added = _further_branches(r, reach)

@@ -34,6 +34,7 @@ from longnet_kit.plan.shard import PlannedShard, Transfer
 from longnet_kit.plan.spread import Spread
 from longnet_kit.recipe import Recipe
 from longnet_kit.tasks import LanguageModeling
+from longnet_kit.tasks.training import Training
 
 FEW = 2, 3
 """Layers of the models that are run in place of a deeper one; every further layer adds what the third did."""
@@ -125,7 +126,7 @@ def _run(r: Recipe, spread: Spread, rank: int, cuda: bool, opaque: bool) -> Step
         if r.trainer.get("limit_val_batches") != 0:
             task.on_validation_epoch_start()  # its metrics stay between validations
         ledger.label("metrics")
-        batch = _batch(r, shard, ledger)
+        batch = _batch(task, r, shard, ledger)
         with CudaAutocast() if cuda else nullcontext():
             ledger.phase = "forward"
             with _precision(placement.precision(r)):
@@ -166,6 +167,7 @@ def _task(r: Recipe, spread: Spread, ledger: Ledger, cuda: bool) -> LightningMod
     task._trainer = trainer
     if isinstance(task, LanguageModeling):
         task._losses = partial(chunks.losses, task.model, ledger)  # type: ignore[method-assign]
+    if isinstance(task, Training):
         for module in task.modules():
             if isinstance(module, FeedForward) and module.chunk is not None:
                 module.forward = partial(chunks.feed_forward, module, ledger)
@@ -188,13 +190,11 @@ def _update(task: LightningModule, optimizer: Optimizer, r: Recipe, cuda: bool) 
     optimizer.step()
 
 
-def _batch(r: Recipe, shard: PlannedShard, ledger: Ledger) -> dict[str, Tensor]:
-    """A batch, which reaches the device whole and is cut there."""
+def _batch(task: LightningModule, r: Recipe, shard: PlannedShard, ledger: Ledger) -> dict[str, Tensor]:
+    """A batch, which reaches the device whole and is cut there; of text, where the task does not say."""
     ledger.phase = "batch"
-    sizes = r.data.batch_size, r.data.seq_len
-    whole = {name: torch.empty(sizes, dtype=torch.int64) for name in ("tokens", "targets")}
-    whole["index"] = torch.empty(sizes[:1], dtype=torch.int64)
-    batch = batches.cut(whole, shard)
+    blank: Any = getattr(type(task), "blank_batch", LanguageModeling.blank_batch)
+    batch = batches.cut(blank(task, r.data.batch_size, r.data.seq_len), shard)
     ledger.label("batch", batch.values())
     return batch
 

@@ -17,7 +17,7 @@ from longnet_kit.report.columns import Row
 from longnet_kit.report.table import Column
 
 SORT = "val/loss"
-METRICS = (SORT, "val/perplexity", "val/bits_per_byte")
+METRICS = (SORT, "val/accuracy", "val/perplexity", "val/bits_per_byte")
 DRAWN = ("train/loss", SORT)
 _LONGEST_LEGEND = 40
 

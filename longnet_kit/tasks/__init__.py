@@ -10,6 +10,8 @@ registry: Registry[LightningModule] = Registry("task", "task", group="longnet_ki
 register = registry.register
 names = registry.names
 
+from longnet_kit.tasks.classification import Classification  # noqa: E402  (registers itself)
+from longnet_kit.tasks.in_context import InContext  # noqa: E402  (as does this)
 from longnet_kit.tasks.language_modeling import LanguageModeling  # noqa: E402  (registers itself)
 
-__all__ = ["LanguageModeling", "names", "register", "registry"]
+__all__ = ["Classification", "InContext", "LanguageModeling", "names", "register", "registry"]

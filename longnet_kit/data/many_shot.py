@@ -1,0 +1,100 @@
+"""A data set as the context: labelled examples of a concept that is new in every sequence, line by line.
+
+Nothing can be learnt of a concept but in its context: accuracy by the number of lines before is how well a network
+learns from examples it has only read.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from random import Random
+from typing import Annotated
+
+from longnet_kit import typed
+from longnet_kit.data.answers import ENDLESS, Answer, AnswersSource, Count, Example
+from longnet_kit.data.sources import registry
+
+
+@registry.register("many_shot")
+class ManyShot(AnswersSource):
+    """Lines like "dabc>K": a word, and the label of the class whose prototype it is a noisy copy of.
+
+    Each sequence draws its own prototypes, words of small letters, and its own labels, capital letters. Every line's
+    label is an answer; its group is the number of lines before it, reported at 1, 2, 4 and so on. A class that has not
+    come yet can only be guessed.
+
+    Args:
+        classes: how many prototypes and labels.
+        length: letters of a word.
+        letters: how many different letters words are of.
+        noise: the probability that a letter of a copy is drawn anew.
+        train_examples, val_examples, test_examples, seed: see `AnswersSource`.
+
+    Raises:
+        ValueError: fewer words than classes.
+    """
+
+    label = "many_shot"
+
+    def __init__(
+        self,
+        classes: Annotated[int, typed.Range(at_least=2, at_most=26)] = 8,
+        length: Annotated[int, typed.Range(at_least=1, at_most=64)] = 4,
+        letters: Annotated[int, typed.Range(at_least=2, at_most=26)] = 8,
+        noise: Annotated[float, typed.Range(at_least=0, at_most=1)] = 0.1,
+        train_examples: Count = ENDLESS,
+        val_examples: Count = 256,
+        test_examples: Count = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            train_examples=train_examples, val_examples=val_examples, test_examples=test_examples, seed=seed
+        )
+        if letters**length < classes:
+            raise ValueError(
+                f"data.classes: got {classes}, but there are only {letters**length} words of {length} of {letters} "
+                "letters; use fewer classes, or longer words or more letters"
+            )
+        self._classes, self._length, self._noise = classes, length, noise
+        self._letters = string.ascii_lowercase[:letters]
+
+    def groups(self, seq_len: int) -> Sequence[int]:
+        """1, 2, 4 and so on, as far as there are lines."""
+        lines = self._lines(seq_len)
+        if lines < 2:
+            raise ValueError(
+                f"data.seq_len: {seq_len:,} tokens hold {lines} lines of {self._line} bytes, expected 2 at least; use "
+                f"{2 * self._line - 1:,} or more"
+            )
+        return [2**i for i in range((lines - 1).bit_length()) if 2**i < lines]
+
+    def example(self, index: int, rng: Random, seq_len: int) -> Example:
+        labels = rng.sample(string.ascii_uppercase, self._classes)
+        prototypes: list[str] = []
+        while len(prototypes) < self._classes:
+            word = self._word(rng)
+            if word not in prototypes:
+                prototypes.append(word)
+        lines, answers = self._lines(seq_len), []
+        text = "\n" * (seq_len + 1 - lines * self._line)
+        for before in range(lines):
+            kind = rng.randrange(self._classes)
+            text += f"{self._copy(prototypes[kind], rng)}>"
+            answers.append(Answer(len(text), len(text) + 1, before))
+            text += f"{labels[kind]}\n"
+        return Example(text.encode(), answers)
+
+    @property
+    def _line(self) -> int:
+        """Bytes of a line."""
+        return self._length + len(">K\n")
+
+    def _lines(self, seq_len: int) -> int:
+        return (seq_len + 1) // self._line
+
+    def _word(self, rng: Random) -> str:
+        return "".join(rng.choices(self._letters, k=self._length))
+
+    def _copy(self, word: str, rng: Random) -> str:
+        return "".join(rng.choice(self._letters) if rng.random() < self._noise else letter for letter in word)
