@@ -27,7 +27,7 @@ _ELSEWHERE = (
 """Layouts of other projects: what tells one, and what makes a network's weights of it."""
 _SAVED_UNDER = ("model", "module", "teacher")
 """Where torchscale's users, DeepSpeed and DINO have the state dictionary in what they save."""
-_SCALAR = np.float64(0).__reduce__()[0]
+_SCALAR = np.float64(0).__reduce__()[0]  # what makes numpy's numbers again; its name differs between versions
 _BESIDE = [
     Namespace,
     np.dtype,

@@ -86,6 +86,8 @@ def test_every_command_runs(desk: Path) -> None:
                 overrides[0] = "trainer.max_steps=4"
             if "recipes/parallel/" in command:
                 overrides[2] = "data.seq_len=1024"  # a shard takes segments of 512
+            if " tasks/" in command:
+                del overrides[2:4]  # their texts are of the length that they are for
             command += " " + " ".join(overrides)
         ended = run(command, desk)
         assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
@@ -119,6 +121,44 @@ def test_the_example_of_a_cache_runs(desk: Path, monkeypatch: pytest.MonkeyPatch
     loaded = names["model"].new_cache(1)  # type: ignore[attr-defined]
     loaded.load_state_dict(torch.load("cache.pt", weights_only=True))
     assert loaded.position == len("import os\nimport sys\n")
+
+
+def test_the_source_of_answers_trains(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (desk / "sums.py").write_text(block("python", "class Sums"))
+    (desk / "sums.yaml").write_text(
+        "name: sums\ntask: in_context\nimports: [sums]\nmodel: {dim: 16, heads: 2}\n"
+        "data: {source: sums, seq_len: 64, val_examples: 4}\ntrainer: {max_steps: 2}\n"
+    )
+    ended = run("tools/longnet fit sums.yaml", desk)
+    assert ended.returncode == 0, ended.stderr
+    assert "accuracy@2" in ended.stdout
+
+
+def test_the_recipe_of_own_files_trains(desk: Path) -> None:
+    for kind, words in {"spam": "win a prize now ", "ham": "see you at lunch "}.items():
+        (desk / "mail" / kind).mkdir(parents=True)
+        for i in range(60):
+            (desk / "mail" / kind / f"{i}.txt").write_text(words * (i + 1))
+    (desk / "mail.yaml").write_text(block("yaml", "name: mail"))
+    ended = run(f"tools/longnet fit mail.yaml {SMALL[0]} {SMALL[1]} model.dim=16 model.heads=2", desk)
+    assert ended.returncode == 0, ended.stderr
+    assert "accuracy" in ended.stdout
+
+
+def test_the_encoder_of_slides_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+    names: dict[str, object] = {}
+    exec(compile(block("python", "SlideEncoder("), "README.md", "exec"), names)
+    assert names["slides"].shape == (2, 768) and names["by_layer"].shape == (13, 2, 768)  # type: ignore[attr-defined]
+
+
+def test_a_run_goes_to_hugging_face(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+    assert run(f"tools/longnet fit quickstart name=pushed {' '.join(SMALL)}", desk).returncode == 0
+    names: dict[str, object] = {}
+    exec(compile(block("python", "from_run(").replace("runs/quickstart", "runs/pushed"), "README.md", "exec"), names)
+    assert names["text"].shape == (1, len("import os\n") + 20)  # type: ignore[attr-defined]
+    assert names["loss"].isfinite()  # type: ignore[attr-defined]
 
 
 def test_the_python_example_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,8 @@ def test_the_quickstart_is_the_one_of_the_design() -> None:
             "segment_lengths": [256, 512, 1024],
             "dilation_rates": [1, 2, 4],
             "head_offsets": "interleaved",
+            "overlap": "multiset",
+            "mixing": "denominators",
         },
     )
     assert (r.data.source, r.data.tokenizer, r.data.seq_len, r.data.batch_size) == ("python_stdlib", "bytes", 1024, 8)

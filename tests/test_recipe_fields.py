@@ -87,8 +87,15 @@ def plugin_fields() -> Iterator[Field]:
             hints = typing.get_type_hints(registry.get(name).__init__, include_extras=True)
             needed = {k: example_of(hints[k]) for k, p in parameters.items() if p.default is p.empty}
             chosen = {**around, selector: name, **{f"{section}.{k}": value for k, value in needed.items()}}
+            if registry is data.registry:
+                chosen["task"] = task_for(registry.get(name).supplies)
             yield from (Field(f"{section}.{k}", hints[k], chosen, free=True) for k in parameters)
         yield Field(selector, str, chosen, tuple(registry.names()))
+
+
+def task_for(supplies: str) -> str:
+    """The first task that can be trained on what a source supplies; language modelling where it can."""
+    return next(n for n in ["language_modeling", *tasks.names()] if supplies in tasks.registry.get(n).takes)
 
 
 def example_of(annotation: Any) -> Any:

@@ -78,8 +78,7 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     The backbone is a module of its own, `backbone` or `model`, or is all there is.
     """
     prefix = layers.prefix(state, "encoder.")
-    name = prefix.removesuffix(".").rpartition(".")[2]
-    outer = prefix.removesuffix(f"{name}.") if name else ""
+    outer = prefix.removesuffix(prefix.removesuffix(".").rpartition(".")[2] + ".")
     return {
         key.removeprefix(prefix if key.startswith(prefix) else outer): x
         for key, x in state.items()

@@ -29,7 +29,12 @@ def texts(documents: Iterable[Document]) -> dict[str, Any]:
 
 
 def test_sources_are_registered() -> None:
-    assert data.names() == ["files", "huggingface", "python_stdlib"]
+    of_text = ["files", "huggingface", "installed_packages", "python_stdlib"]
+    of_answers = ["associative_recall", "many_shot", "passkey"]
+    of_labels = ["labelled_files", "labelled_library", "listops"]
+    assert data.names() == sorted(of_text + of_answers + of_labels)
+    kinds = {"text": of_text, "answers": of_answers, "labels": of_labels}
+    assert all(data.registry.get(name).supplies == kind for kind, names in kinds.items() for name in names)
 
 
 @given(st.text(max_size=30))

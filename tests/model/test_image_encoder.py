@@ -339,7 +339,7 @@ def test_images_that_no_patches_fill_are_refused_with_a_size_that_works(height: 
 def test_what_cannot_be_encoded_is_refused_at_the_door() -> None:
     for wrong in (images(16, 16)[0], images(16, 16)[:, :2], images(16, 16).to(torch.uint8)):
         with pytest.raises(
-            ValueError, match=r"images is torch.* of shape \(.*\), expected floating point of \(batch, 3,"
+            ValueError, match=r"images is torch.*\), expected floating point of \(batch, 3, height, width"
         ):
             encoder()(wrong)
     for options, words in (
