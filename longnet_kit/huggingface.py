@@ -119,16 +119,23 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As of `transformers.PreTrainedModel`.
+        """As of `transformers.PreTrainedModel`, but that weights which do not fit are never drawn anew.
 
         Raises:
-            ValueError: the files lack weights of this network, or hold others; transformers itself would only warn.
+            ValueError: the files lack weights of this network, hold others, or some are of another shape.
         """
-        model, told = cast(Any, super().from_pretrained(*args, output_loading_info=True, **kwargs))
-        for words, key in (("are missing", "missing_keys"), ("are left over", "unexpected_keys")):
-            if found := sorted(told[key]):
+        options = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # or it names none of them
+        model, told = cast(Any, super().from_pretrained(*args, **options))
+        misfits = [
+            f"{key} is {tuple(there)} there and {tuple(here)} here" for key, there, here in told["mismatched_keys"]
+        ]
+        lists = {"do not fit": misfits, "are missing": told["missing_keys"], "are left over": told["unexpected_keys"]}
+        for words, found in lists.items():
+            if found:
                 more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-                raise ValueError(f"weights {words}: {', '.join(found[:3])}{more}; is this a model of longnet_kit?")
+                raise ValueError(
+                    f"weights {words}: {', '.join(sorted(found)[:3])}{more}; is this a model of longnet_kit?"
+                )
         return (model, told) if output_loading_info else model
 
     def forward(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -27,14 +26,22 @@ _ELSEWHERE = (
 """Layouts of other projects: what tells one, and what makes a network's weights of it."""
 _SAVED_UNDER = ("model", "module", "teacher")
 """Where torchscale's users, DeepSpeed and DINO have the state dictionary in what they save."""
-_SCALAR = np.float64(0).__reduce__()[0]  # what makes numpy's numbers again; its name differs between versions
-_BESIDE = [
-    Namespace,
-    np.dtype,
-    type(np.dtype(np.float64)),
-    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
-"""What such files hold beside the weights, arguments and learning rates, which torch takes only when told to."""
+
+
+class _LeftOut:
+    """What stands in the place of something in a file that is no weight: nothing of it is made."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+_BESIDE = ("argparse.Namespace", "numpy.dtype", *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")))
+"""What such files hold beside the weights, arguments and learning rates, and torch would refuse; by its name there."""
+_READING = Lock()
+"""Held while torch is told of `_BESIDE`, which it is as a whole."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -58,7 +65,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
-    with torch.serialization.safe_globals(_BESIDE):
+    with _READING, torch.serialization.safe_globals([(_LeftOut, name) for name in _BESIDE]):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(saved, Mapping):
         raise ValueError("it holds no state_dict")
@@ -106,17 +113,15 @@ def check_resumable(network: nn.Module, path: Path) -> int:
 
 def fitting(network: nn.Module, path: Path, saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of the network in what `read` found; ValueError when they are those of another one."""
-    for is_layout, convert in _ELSEWHERE:
-        if is_layout(saved["state_dict"]):
-            try:
-                return convert(saved["state_dict"], network)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-    weights = {
-        key.removeprefix("model."): value
-        for key, value in saved["state_dict"].items()
-        if isinstance(key, str) and key.startswith("model.")
-    }
+    state = {key: x for key, x in saved["state_dict"].items() if isinstance(key, str)}
+    convert = next((convert for is_layout, convert in _ELSEWHERE if is_layout(state)), None)
+    if convert is None:
+        weights = {key.removeprefix("model."): x for key, x in state.items() if key.startswith("model.")}
+    else:
+        try:
+            weights = convert(state, network)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     own = network.state_dict()
     keys = dict.fromkeys((*own, *weights))
     misfits = [misfit for key in keys if (misfit := _misfit(key, weights.get(key), own.get(key)))]

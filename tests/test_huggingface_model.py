@@ -107,6 +107,24 @@ def test_weights_that_are_missing_or_unknown_are_refused(tmp_path: Path) -> None
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}])
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"dim": 64}, r"weights do not fit: model\.blocks\.0\.\S+ is \(32,\) there and \(64,\) here"),
+        ({"vocab_size": 50}, r"model\.embedding\.weight is \(41, 32\) there and \(50, 32\) here; is this"),
+        ({"layers": 3}, r"weights are missing: model\.blocks\.2\."),
+        ({"layers": 1}, r"weights are left over: model\.blocks\.1\."),
+    ],
+)
+def test_weights_of_another_network_name_what_differs(setting: dict, words: str, options: dict, tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **setting}))
+    with pytest.raises(ValueError, match=words):
+        LongNetForCausalLM.from_pretrained(tmp_path, **options)
+
+
 @pytest.mark.parametrize("source", ["runs/tiny", EXPORTED])
 def test_a_run_generates_here_what_it_generates_in_the_kit(
     source: str, trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -6,13 +6,15 @@
 
 Each row of the table is a recipe of recipes/study, and is trained by `longnet sweep`, so any of these goes on where it
 was. A run that has finished is tested on the same text as all others, and what came of it is written to
-recipes/study/results at once; what stands there is not trained again, even where its run directory is gone.
+recipes/study/results at once; what stands there is not trained again, even where its run directory is gone. What was
+measured of a recipe that has changed since does not count: its row is left out until it is trained and tested again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,27 +40,60 @@ SUFFIX = 512
 """Tokens whose loss is measured after prompts of growing length."""
 SEEDS = {"transformer_512": (1, 2, 3), "sparse_8k": (1, 2, 3), "longnet_8k": (1, 2, 3)}
 """Of the headline rows; every other one is trained once, with the first."""
+WORDS = ("name", "description", "extends", "resume")
+"""The keys of a recipe that what comes of it does not depend on."""
 
 
 def main() -> int:
     options = _options()
     rows = {path.stem: path for path in sorted(FOLDER.rglob("*.yaml")) if not path.stem.startswith("_")}
+    if not rows:
+        sys.exit(f"{FOLDER} has no recipes; run this from the folder that the kit is checked out in")
     wanted = options.rows or list(rows)
     if unknown := [row for row in wanted if row not in rows]:
         sys.exit(f"--rows {','.join(unknown)}: no such recipe in {FOLDER}; there are {', '.join(rows)}")
+    try:
+        code = _train_and_measure({row: rows[row] for row in wanted}, report=options.report)
+    except ValueError as error:
+        sys.exit(str(error))
+    _draw_patterns({row: path for row, path in rows.items() if row.startswith(study_report.ABLATED)})
+    found = _results()
+    for row, seed in (old := [key for key, result in found.items() if not _is_current(result, rows)]):
+        print(f"left out: {row}, seed {seed}, was measured of another recipe than {FOLDER} has now")
+    study_report.write(FOLDER, [result for key, result in found.items() if key not in old], LENGTHS, SUFFIX)
+    return code
+
+
+def _train_and_measure(rows: Mapping[str, Path], *, report: bool) -> int:
+    """Train, unless there is only to be a report, and measure what has finished; returns the exit code."""
     code = 0
     for seed in (1, 2, 3):
-        for row in wanted:
-            if seed not in SEEDS.get(row, (1,)) or (row, seed) in _results():
+        for row, path in rows.items():
+            if seed not in SEEDS.get(row, (1,)) or _is_current(_results().get((row, seed)), rows):
                 continue
-            if not options.report:
-                code |= sweep.sweep(str(rows[row]), [f"name={_name(row, seed)}", f"seed={seed}"])
+            items = [f"name={_name(row, seed)}", f"seed={seed}"]
+            if not report:
+                code |= sweep.sweep(str(path), items)
             directory = runs.ROOT / f"{_name(row, seed)}_sweep_cell"
-            if (found := _finished(directory)) is not None:
-                _add({"row": row, "seed": seed, **_measured(found)})
-    _draw_patterns({row: path for row, path in rows.items() if row.startswith(study_report.ABLATED)})
-    study_report.write(FOLDER, list(_results().values()), LENGTHS, SUFFIX)
+            experiment_of = _experiment(recipe.load(path, items))
+            if (found := _finished(directory, experiment_of)) is not None:
+                _add({"row": row, "seed": seed, "experiment": experiment_of, **_measured(found)})
     return code
+
+
+def _experiment(r: recipe.Recipe) -> str:
+    """A hash of all that a result depends on: the recipe, but for its names, and how it is tested."""
+    keys = {key: value for key, value in recipe.to_dict(r).items() if key not in WORDS}
+    told = json.dumps([keys, LENGTHS, WINDOWS, SUFFIX], sort_keys=True, default=str)
+    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
+
+
+def _is_current(result: Mapping[str, Any] | None, rows: Mapping[str, Path]) -> bool:
+    """Whether a result was measured, and of the recipe that its row has now."""
+    if result is None or result["row"] not in rows:
+        return False
+    now = recipe.load(rows[result["row"]], [f"seed={result['seed']}"])
+    return result.get("experiment") == _experiment(now)
 
 
 def _options() -> argparse.Namespace:
@@ -72,10 +107,13 @@ def _name(row: str, seed: int) -> str:
     return f"study_{row}_{seed}"
 
 
-def _finished(directory: Path) -> Path | None:
-    """The newest version of a run, if it has finished."""
+def _finished(directory: Path, experiment_of: str) -> Path | None:
+    """The newest version of a run of an experiment, if it has finished."""
     found = [
-        version for version in runs.versions(directory.name) if runs.read_summary(version).get("status") == "finished"
+        version
+        for version in runs.versions(directory.name)
+        if runs.read_summary(version).get("status") == "finished"
+        and _experiment(recipe.load_saved(version)) == experiment_of
     ]
     return found[-1] if found else None
 

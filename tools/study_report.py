@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,19 @@ def _by_row(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def _introduction(results: Sequence[Result], lengths: Sequence[int], suffix: int) -> str:
-    one, hours = results[0], sum(x["seconds"] for x in results) / 3600
+    parameters, tokens, batch = (_range(x[key] for x in results) for key in ("parameters", "tokens", "batch_tokens"))
+    hours = sum(x["seconds"] for x in results) / 3600
     return (
-        f"{len(results)} runs of {one['parameters']:,} parameters on {one['tokens']:,.0f} bytes of Python each, in "
-        f"batches of {one['batch_tokens']:,}; {hours:.1f} hours of training on one core in all. The recipes are in "
+        f"{len(results)} runs of {parameters} parameters on {tokens} bytes of Python each, in "
+        f"batches of {batch}; {hours:.1f} hours of training on one core in all. The recipes are in "
         "this folder, and `python tools/study.py` trains, tests and writes all of this, going on where it was."
     )
+
+
+def _range(values: Iterable[float]) -> str:
+    """What all have, or from what to what it goes."""
+    found = sorted(set(values))
+    return f"{found[0]:,.0f}" if len(found) == 1 else f"{found[0]:,.0f} to {found[-1]:,.0f}"
 
 
 def _table(rows: Mapping[str, Sequence[Result]], lengths: Sequence[int], kind: str) -> str:
@@ -120,6 +127,8 @@ def _against_flops(rows: Mapping[str, Sequence[Result]]) -> Figure:
     figure, axes = _axes("training FLOPs", "validation loss (nats per byte), at the trained length")
     axes.set_xscale("log")
     for (row, found), style in zip(rows.items(), _styles(rows), strict=True):
+        if not found[0]["flops"]:
+            continue  # its backend cannot count them
         curves = np.array([x["curve"] for x in found])  # (seeds, points, 2)
         axes.plot(*curves.mean(0).T, label=row, **style)
     axes.legend(fontsize="small")

@@ -80,7 +80,7 @@ def attend(
         rows = MAX_ELEMENTS // q[0].numel()
         if rows == 0:
             raise ValueError(
-                f"one sequence of {tuple(q.shape[1:])} (seq, heads, head_dim) holds {q[0].numel()} elements; xformers' "
+                f"one sequence of {tuple(q.shape[1:])} (seq, heads, head_dim) holds {q[0].numel()} elements; these "
                 f"kernels take at most {MAX_ELEMENTS}: shorten it or split the heads over several devices"
             )
         chunks = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)

@@ -29,6 +29,9 @@ class MultiheadDilatedAttention(nn.Module):
         ValueError: sizes or branches that do not go together.
     """
 
+    _qkv_same_embed_dim = False
+    """For torch's encoder layers, which ask: if True they would run dense attention on these weights in evaluation."""
+
     def __init__(
         self,
         embed_dim: int,

@@ -1,44 +1,58 @@
 """What branches show together when a key that several of them show counts once: counted, not computed.
 
 A branch relates positions of a head: those that it keeps in one segment see each other. What two branches both show is
-such a relation again, so the union of all is a sum of few of them with signs (inclusion and exclusion). A relation is
-held as labels, (N,): positions of equal label see each other, -1 is not kept.
+such a relation again, so the union of all is a sum of few of them with signs (inclusion and exclusion).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Labels = NDArray[np.int64]
+Numbers = NDArray[np.int64]
 
 
-def relation(branch: tuple[int, int], offset: int, seq_len: int) -> Labels:
-    """The labels of what a branch (w, r) shows to a head that keeps residue `offset`."""
-    w, r = branch
-    position = np.arange(seq_len)
-    return np.where(position % w % r == offset, position // w, -1)
+class Relation(NamedTuple):
+    """Positions that see each other; what a sparse branch shows takes no more space than it keeps."""
+
+    positions: Numbers
+    """Ascending; those that see something."""
+    labels: Numbers
+    """Of each of them: positions of equal label see each other. They count up from 0, so equal relations are equal."""
+
+    def within(self, branch: tuple[int, int], offset: int) -> Relation:
+        """What a branch (w, r) shows too, to a head that keeps residue `offset`."""
+        w, r = branch
+        kept = self.positions % w % r == offset
+        positions, labels = self.positions[kept], self.labels[kept]
+        segments = positions // w
+        begins = (labels[1:] != labels[:-1]) | (segments[1:] != segments[:-1])
+        return Relation(positions, np.concatenate(([0], np.cumsum(begins)))[: len(positions)])
 
 
-def signed(branches: Sequence[tuple[int, int]], offsets: Sequence[int], seq_len: int) -> list[tuple[Labels, int]]:
+def relation(branch: tuple[int, int], offset: int, seq_len: int) -> Relation:
+    """What a branch (w, r) shows to a head that keeps residue `offset`."""
+    return Relation(np.arange(seq_len), np.zeros(seq_len, np.int64)).within(branch, offset)
+
+
+def signed(branches: Sequence[tuple[int, int]], offsets: Sequence[int], seq_len: int) -> list[tuple[Relation, int]]:
     """Relations and their factors, which add up to 1 for every pair that some branch shows to a head, and to 0 else.
 
     Args:
         offsets: the residue that the head keeps in each branch.
     """
-    terms: dict[bytes, tuple[Labels, int]] = {}
+    terms: dict[tuple[bytes, bytes], tuple[Relation, int]] = {}
     for branch, offset in zip(branches, offsets, strict=True):
-        own = relation(branch, offset, seq_len)
         # |A + B| = |A| + |B| - |A and B|. Equal relations become one, so that nested branches leave few.
-        further = [(own, 1), *((_both(labels, own), -factor) for labels, factor in terms.values())]
-        for labels, factor in further:
-            labels = _both(labels, labels)
-            key = labels.tobytes()
-            _, known = terms.get(key, (labels, 0))
-            terms[key] = labels, known + factor
+        own = relation(branch, offset, seq_len)
+        for both, factor in ((own, 1), *((shown.within(branch, offset), -factor) for shown, factor in terms.values())):
+            key = both.positions.tobytes(), both.labels.tobytes()
+            _, known = terms.get(key, (both, 0))
+            terms[key] = both, known + factor
         terms = {key: term for key, term in terms.items() if term[1]}
     return list(terms.values())
 
@@ -47,18 +61,7 @@ def signed(branches: Sequence[tuple[int, int]], offsets: Sequence[int], seq_len:
 def pairs(branches: tuple[tuple[int, int], ...], offsets: tuple[int, ...], seq_len: int, causal: bool) -> int:
     """How many pairs of query and key the branches show to a head, each counted once."""
     total = 0
-    for labels, factor in signed(branches, offsets, seq_len):
-        kept = np.bincount(labels[labels >= 0])
+    for relation, factor in signed(branches, offsets, seq_len):
+        kept = np.bincount(relation.labels)
         total += factor * int((kept * (kept + 1) // 2 if causal else kept * kept).sum())
     return total
-
-
-def _both(a: Labels, b: Labels) -> Labels:
-    """What two relations both hold; its labels count up from 0, so that equal relations have equal ones."""
-    kept = (a >= 0) & (b >= 0)
-    both = np.full_like(a, -1)
-    of_a, of_b = a[kept], b[kept]
-    if len(of_a):
-        begins = (of_a[1:] != of_a[:-1]) | (of_b[1:] != of_b[:-1])
-        both[kept] = np.concatenate(([0], np.cumsum(begins)))
-    return both

@@ -48,16 +48,21 @@ class AnswersSource(Source):
 
     Args:
         train_examples, val_examples, test_examples: how many examples each split has.
-        seed: other seeds give other examples.
+        examples_seed: other seeds give other examples.
     """
 
     supplies: Literal["text", "answers", "labels"] = "answers"
 
     def __init__(
-        self, *, train_examples: Count = ENDLESS, val_examples: Count = 256, test_examples: Count = 256, seed: int = 0
+        self,
+        *,
+        train_examples: Count = ENDLESS,
+        val_examples: Count = 256,
+        test_examples: Count = 256,
+        examples_seed: int = 0,
     ) -> None:
         self._counts: dict[Split, int] = {"train": train_examples, "val": val_examples, "test": test_examples}
-        self._seed = seed
+        self._seed = examples_seed
 
     @classmethod
     def data_module(cls) -> type[LanguageModelingData]:

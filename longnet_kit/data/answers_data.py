@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longnet_kit.data import tokenizers
+from longnet_kit.data import cache, tokenizers
 from longnet_kit.data.answers import AnswersSource
 from longnet_kit.data.language_modeling import IGNORED, LanguageModelingData, Samples
 from longnet_kit.data.sampling import PADDING, Position
@@ -88,5 +86,4 @@ class AnswersData(LanguageModelingData):
         return Examples(self.source, split, self.seq_len)
 
     def _identity(self) -> str:
-        told = json.dumps(self.source.fingerprint(), sort_keys=True)
-        return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+        return cache.folder_of(self.source, self.tokenizer).name

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+from longnet_kit.data import copies
 from longnet_kit.data.errors import DataError
 from longnet_kit.data.files import _expand
 from longnet_kit.data.labels import Labelled, LabelledSource
@@ -105,7 +106,8 @@ def shared_out(files: Sequence[File]) -> dict[Split, list[File]]:
     held_out: tuple[Split, ...] = ("val", "test")
     for split, kept in zip(held_out, (2, 1), strict=True):
         taken = _first(left[:-kept], most) or [min(left, key=lambda file: (file.size, _place(file)))]
-        left = [file for file in left if file not in taken]
+        chosen = set(taken)
+        left = [file for file in left if file not in chosen]
         found[split] = taken
     found["train"] = left
     return found
@@ -119,9 +121,11 @@ def _within(files: Sequence[File], most: int | None) -> list[File]:
 def _first(files: Sequence[File], most: float) -> list[File]:
     """Files from the first on, those left out with which they would make up more bytes than `most`."""
     taken: list[File] = []
+    total = 0
     for file in files:
-        if file.size + sum(other.size for other in taken) <= most:
+        if total + file.size <= most:
             taken.append(file)
+            total += file.size
     return taken
 
 
@@ -139,15 +143,20 @@ def _cut(file: File, most: int, label: int) -> list[Piece]:
 class LabelledFiles(Pieces):
     """The user's own files, of any kind: text, code, or bytes that are no text.
 
+    Of files with the same bytes one is taken, so that no split is tested on what another was trained on; none of those
+    that are in two classes, whose bytes do not tell which. Empty files are left out.
+
     Args:
         paths: of each class, files or patterns (`{spam: [mail/spam/*.txt], ham: [mail/ham/*.txt]}`), from the working
             directory; `~` is expanded.
-        folder: instead, a folder in which each sub-folder is a class, of all files in it and below.
+        folder: instead, a folder in which each sub-folder is a class, of all files in it and below that are not
+            hidden.
         piece_bytes, class_bytes: see `Pieces`.
 
     Raises:
         DataError: neither or both of `paths` and `folder`, fewer than two classes, a path that does not exist or
-            matches nothing, a file in two classes, or too few files of a class; all such are told together.
+            matches nothing, a file in two classes, or too few files of a class; all such are told together. A file that
+            cannot be read.
     """
 
     def __init__(
@@ -180,6 +189,8 @@ class LabelledFiles(Pieces):
         problems += _twice(files)
         if problems:
             raise DataError("\n".join(problems))
+        kept = copies.without({name: [file.path for file in of_class] for name, of_class in files.items()})
+        files = {name: [file for file in of_class if file.path in kept] for name, of_class in files.items()}
         super().__init__(files, {str(name): key for name, key in keys.items()}, piece_bytes, class_bytes)
         self.label = "-".join(self.classes[:3])
 
@@ -191,8 +202,16 @@ def _of_folder(folder: str, problems: list[str]) -> tuple[dict[str, str], dict[s
         problems.append(f"data.folder: {folder} is no folder (looked from {Path.cwd()}); correct it")
         return {}, {}
     classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = {path.name: sorted((p.relative_to(path).as_posix(), p) for p in path.rglob("*")) for path in classes}
+    found = {path.name: sorted(_visible(path)) for path in classes}
     return {path.name: f"data.folder: {path}" for path in classes}, found
+
+
+def _visible(folder: Path) -> Iterable[tuple[str, Path]]:
+    """The names and paths of what is in a folder and below, but for hidden ones, as patterns leave them out too."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if not any(part.startswith(".") for part in name.parts):
+            yield name.as_posix(), path
 
 
 def _files(found: Sequence[tuple[str, Path]]) -> list[File]:
@@ -213,12 +232,16 @@ def _twice(files: Mapping[str, Sequence[File]]) -> list[str]:
     return found
 
 
+_TABLES = {"encodings"}
+"""Packages of generated files that are all alike: pieces of one split would be found again in another."""
+
+
 @registry.register("labelled_library")
 class LabelledLibrary(Pieces):
     """Which package of the interpreter's own library a piece of source is from.
 
-    The classes are the packages that have most bytes of source, of those that `python_stdlib` reads; they differ a
-    little between versions of Python.
+    The classes are the packages that have most bytes of source, of those that `python_stdlib` reads but `encodings`,
+    whose files are one table in many versions; they differ a little between versions of Python.
 
     Args:
         packages: how many classes there are.
@@ -238,9 +261,10 @@ class LabelledLibrary(Pieces):
     ) -> None:
         library = PythonStdlib()
         found: dict[str, list[File]] = {}
-        for name, path in library._files.items():
-            if "/" in name and (size := stamp(path)[0]):
-                found.setdefault(name.partition("/")[0], []).append(File(name, path, size))
+        for name, path in library.files.items():
+            package, _, rest = name.partition("/")
+            if rest and package not in _TABLES and (size := stamp(path)[0]):
+                found.setdefault(package, []).append(File(name, path, size))
         able = {name: files for name, files in found.items() if len(_within(files, class_bytes)) >= len(SPLITS)}
         largest = sorted(able, key=lambda name: sum(file.size for file in able[name]), reverse=True)[:packages]
         if len(largest) < packages:

@@ -29,7 +29,7 @@ class ManyShot(AnswersSource):
         length: letters of a word.
         letters: how many different letters words are of.
         noise: the probability that a letter of a copy is drawn anew.
-        train_examples, val_examples, test_examples, seed: see `AnswersSource`.
+        train_examples, val_examples, test_examples, examples_seed: see `AnswersSource`.
 
     Raises:
         ValueError: fewer words than classes.
@@ -46,10 +46,13 @@ class ManyShot(AnswersSource):
         train_examples: Count = ENDLESS,
         val_examples: Count = 256,
         test_examples: Count = 256,
-        seed: int = 0,
+        examples_seed: int = 0,
     ) -> None:
         super().__init__(
-            train_examples=train_examples, val_examples=val_examples, test_examples=test_examples, seed=seed
+            train_examples=train_examples,
+            val_examples=val_examples,
+            test_examples=test_examples,
+            examples_seed=examples_seed,
         )
         if letters**length < classes:
             raise ValueError(

@@ -6,6 +6,7 @@ and a value (MQAR, arXiv 2312.04927).
 
 from __future__ import annotations
 
+import math
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from longnet_kit import typed
 from longnet_kit.data.answers import ENDLESS, Answer, AnswersSource, Count, Example
 from longnet_kit.data.sources import registry
 
+Spread = Annotated[float, typed.Range(at_least=0, at_most=1)]
 TRIES = 400
 """Layouts that are drawn afresh before an example is given up."""
 EASY = 10
@@ -58,7 +60,9 @@ class Recall(AnswersSource, ABC):
     """Pairs of a statement and a question at drawn places of a text, the values' first bytes a distance apart.
 
     Names are drawn without repetition, values and places at random. Pair j of example i has the distance
-    (i * pairs + j) mod len(distances) of the list: every split covers each distance equally often.
+    (i * pairs + j) mod len(distances) of the list: every split covers each distance equally often. With a `spread` s,
+    a pair of the distance d is somewhere from (1 - s) d to d apart: where all are exactly d, a network may learn to
+    copy from d tokens before, whatever is asked for, and knows nothing of other distances.
     """
 
     names: str
@@ -66,8 +70,9 @@ class Recall(AnswersSource, ABC):
     key: str
     """The recipe key that says how many pairs a text has."""
 
-    def __init__(self, distances: Sequence[int], pairs: int, **options: int) -> None:
+    def __init__(self, distances: Sequence[int], pairs: int, spread: float, **options: int) -> None:
         super().__init__(**options)
+        self._spread = spread
         self._distances = list(distances)
         self._pairs = pairs
         self._check()
@@ -101,16 +106,17 @@ class Recall(AnswersSource, ABC):
     def _laid_out(self, index: int, rng: Random, seq_len: int, tries: int) -> Example:
         pairs = [self.pair(name, rng) for name in rng.sample(self.names, self._pairs)]
         first = index * self._pairs
-        distances = [self._distances[(first + j) % len(self._distances)] for j in range(self._pairs)]
+        groups = [self._distances[(first + j) % len(self._distances)] for j in range(self._pairs)]
+        distances = [rng.randint(self._least(group), group) if self._spread else group for group in groups]
         text = bytearray(self.filler(seq_len + 1, rng))
         answers = []
         places = self._places(pairs, distances, rng, seq_len, tries)
-        for pair, distance, start in zip(pairs, distances, places, strict=True):
+        for pair, group, distance, start in zip(pairs, groups, distances, places, strict=True):
             asked = start + pair.offset(distance)
             text[start : start + len(pair.statement)] = pair.statement
             text[asked : asked + len(pair.question)] = pair.question
             value = asked + pair.value_at[1]
-            answers.append(Answer(value, value + pair.value_bytes, distance))
+            answers.append(Answer(value, value + pair.value_bytes, group))
         return Example(bytes(text), sorted(answers))
 
     def _places(self, pairs: list[Pair], distances: list[int], rng: Random, seq_len: int, tries: int) -> list[int]:
@@ -134,6 +140,10 @@ class Recall(AnswersSource, ABC):
             f"{seq_len:,} tokens; use fewer or shorter distances, or a longer seq_len"
         )
 
+    def _least(self, distance: int) -> int:
+        """How near the values of a pair of this distance may be."""
+        return math.ceil((1 - self._spread) * distance)
+
     def _check(self) -> None:
         """Raise a ValueError unless pairs and distances are possible in sequences of some length."""
         if not 1 <= self._pairs <= len(self.names):
@@ -143,10 +153,11 @@ class Recall(AnswersSource, ABC):
         pair = self.pair(self.names[0], Random(0))
         self._nearest = len(pair.statement) - pair.offset(0)
         given = self._distances
-        if not given or len(set(given)) < len(given) or min(given) < self._nearest:
+        if not given or len(set(given)) < len(given) or self._least(min(given)) < self._nearest:
+            after = f" after data.spread {self._spread} of them is taken off" if self._spread else ""
             raise ValueError(
-                f"data.distances: got {given}, expected one or more different ones of at least {self._nearest} tokens, "
-                "in which a statement ends before its question begins"
+                f"data.distances: got {given}, expected one or more different ones of at least {self._nearest} tokens"
+                f"{after}, in which a statement ends before its question begins"
             )
 
 
@@ -168,7 +179,8 @@ class PassKey(Recall):
         distances: tokens from the key where it is stated to where it is asked for, first digit to first digit.
         keys: pass keys in a text, each stated and asked for once, at most 26.
         digits: of each key.
-        train_examples, val_examples, test_examples, seed: see `AnswersSource`.
+        spread: what part of its distance a key may be nearer, see `Recall`.
+        train_examples, val_examples, test_examples, examples_seed: see `AnswersSource`.
 
     Raises:
         ValueError: distances that are too short, or given twice.
@@ -183,14 +195,15 @@ class PassKey(Recall):
         distances: Sequence[Count] = (32, 64, 128, 256, 512),
         keys: Annotated[int, typed.Range(at_least=1, at_most=26)] = 5,
         digits: Annotated[int, typed.Range(at_least=1, at_most=16)] = 5,
+        spread: Spread = 0.0,
         train_examples: Count = ENDLESS,
         val_examples: Count = 256,
         test_examples: Count = 256,
-        seed: int = 0,
+        examples_seed: int = 0,
     ) -> None:
         self._digits = digits
         counts = {"train_examples": train_examples, "val_examples": val_examples, "test_examples": test_examples}
-        super().__init__(distances, keys, **counts, seed=seed)
+        super().__init__(distances, keys, spread, **counts, examples_seed=examples_seed)
 
     def pair(self, name: str, rng: Random) -> Pair:
         value = "".join(rng.choices(string.digits, k=self._digits))
@@ -210,7 +223,8 @@ class AssociativeRecall(Recall):
     Args:
         distances: tokens from a value to where it is asked for.
         pairs: keys in a text, each with a value and asked for once, at most 36.
-        train_examples, val_examples, test_examples, seed: see `AnswersSource`.
+        spread: what part of its distance a value may be nearer, see `Recall`.
+        train_examples, val_examples, test_examples, examples_seed: see `AnswersSource`.
 
     Raises:
         ValueError: distances that are too short, or given twice.
@@ -224,13 +238,14 @@ class AssociativeRecall(Recall):
         self,
         distances: Sequence[Count] = (32, 64, 128, 256, 512),
         pairs: Annotated[int, typed.Range(at_least=1, at_most=36)] = 20,
+        spread: Spread = 0.0,
         train_examples: Count = ENDLESS,
         val_examples: Count = 256,
         test_examples: Count = 256,
-        seed: int = 0,
+        examples_seed: int = 0,
     ) -> None:
         counts = {"train_examples": train_examples, "val_examples": val_examples, "test_examples": test_examples}
-        super().__init__(distances, pairs, **counts, seed=seed)
+        super().__init__(distances, pairs, spread, **counts, examples_seed=examples_seed)
 
     def pair(self, name: str, rng: Random) -> Pair:
         return _pair(f"{name}=", f"{name}?", rng.choice(string.ascii_lowercase), " ")

@@ -101,10 +101,10 @@ class PythonFiles(Source):
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = files
+        self.files = files
 
     def documents(self, as_bytes: bool) -> Iterator[Document]:
-        for name, path in self._files.items():
+        for name, path in self.files.items():
             try:
                 raw = path.read_bytes()
                 yield Document(name, raw if as_bytes else raw.decode())
@@ -112,7 +112,7 @@ class PythonFiles(Source):
                 continue
 
     def fingerprint(self) -> Any:
-        return [sys.version, [[name, *stamp(path)] for name, path in self._files.items()]]
+        return [sys.version, [[name, *stamp(path)] for name, path in self.files.items()]]
 
 
 @registry.register("python_stdlib")
@@ -133,7 +133,7 @@ class PythonStdlib(PythonFiles):
         root = Path(sysconfig.get_path("stdlib"))
         left_out = _PACKAGES | _TESTS | _SHIPPED_APART
         super().__init__({path.relative_to(root).as_posix(): path for path in _python_files(root, left_out)})
-        if not self._files:
+        if not self.files:
             raise DataError(
                 f"data.source python_stdlib: {sys.executable} has no library sources in {root}; "
                 "use an ordinary Python installation, or source: files with paths of your own"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from longnet_kit import attention, model, placement, recipe, runs, tasks, weights
 from longnet_kit.attention.patterns import Dilated
@@ -154,11 +155,17 @@ def _device(r: Recipe, name: str | None) -> torch.device:
 
 def _further_branches(r: Recipe, reach: int) -> list[tuple[int, int]]:
     """What is to be added to the recipe's branches, by doubling the longest."""
-    pattern = attention.build(r.model.attention).pattern
+    backend = attention.build(r.model.attention)
+    pattern = backend.pattern
     if not isinstance(pattern, Dilated) or r.model.attention["backend"] != "dilated":
         raise ValueError(
             f"--extend adds branches to the attention backend dilated, and this network has "
             f"{r.model.attention['backend']}; leave --extend out"
+        )
+    if isinstance(backend.branch_logits, nn.Parameter):
+        raise ValueError(
+            "--extend adds branches, and this network has mixing: learned, a trained weight per branch, of which added "
+            "branches have none; leave --extend out"
         )
     w, rate = max(pattern.branches)
     added = []

@@ -90,10 +90,12 @@ class SelfAttention(nn.Module):
         return self.backend.new_cache(batch_size, self.heads, self.out.in_features // self.heads, **factory)
 
     def reset_parameters(self, gain: float) -> None:
-        """Xavier normal, q, k and v as matrices of their own; q and k keep gain 1."""
+        """Xavier normal, q, k and v as matrices of their own; q and k keep gain 1. Learned branches weigh the same."""
         for part, part_gain in zip(self.qkv.weight.chunk(3), (1.0, 1.0, gain), strict=True):
             nn.init.xavier_normal_(part, part_gain)
         nn.init.zeros_(self.qkv.bias)
+        if isinstance(logits := self.backend.branch_logits, nn.Parameter):
+            nn.init.zeros_(logits)
         _reset_linear(self.out, gain)
         self.norm.reset_parameters()
         self.inner_norm.reset_parameters()

@@ -88,11 +88,13 @@ def check(whose: str, given: Mapping[str, Tensor], wanted: Shapes, others: Colle
     """
     missing = [key for key in wanted if key not in given]
     unexpected = [key for key in given if key not in wanted and key not in others]
-    misfits = [
-        f"{key} is {tuple(given[key].shape)} there and {shape} here"
-        for key, shape in wanted.items()
-        if key in given and tuple(given[key].shape) != shape
-    ]
+    misfits = []
+    for key, shape in wanted.items():
+        x: Any = given.get(key)
+        if x is not None and not isinstance(x, Tensor):
+            misfits.append(f"{key} is a {type(x).__name__} there and a tensor here")
+        elif x is not None and tuple(x.shape) != shape:
+            misfits.append(f"{key} is {tuple(x.shape)} there and {shape} here")
     for words, found in (("are missing", missing), ("are left over", unexpected), ("do not fit", misfits)):
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""

@@ -162,7 +162,11 @@ def _task(r: Recipe, spread: Spread, ledger: Ledger, cuda: bool) -> LightningMod
     strategy = SimpleNamespace(reduce=lambda x, **_: x)
     accumulate = r.trainer.get("accumulate_grad_batches", 1)
     trainer: Any = SimpleNamespace(
-        world_size=spread.devices, accumulate_grad_batches=accumulate, strategy=strategy, global_step=0
+        world_size=spread.devices,
+        accumulate_grad_batches=accumulate,
+        strategy=strategy,
+        global_step=0,
+        datamodule=SimpleNamespace(groups=()),  # a number for each is all that they would take
     )
     task._trainer = trainer
     if isinstance(task, LanguageModeling):

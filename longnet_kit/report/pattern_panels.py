@@ -50,8 +50,8 @@ def branch_pictures(
     found = []
     for branch in pattern.branches:
         offsets = (pattern.offset(head, branch[1], heads) for head in chosen)
-        labels = (torch.from_numpy(unions.relation(branch, offset, seq_len)) for offset in offsets)
-        found.append(torch.stack([_pairs(of_head, causal, cell) for of_head in labels]))
+        relations = (unions.relation(branch, offset, seq_len) for offset in offsets)
+        found.append(torch.stack([_pairs(of_head, seq_len, causal, cell) for of_head in relations]))
     return torch.stack(found) / _areas(seq_len, cell)
 
 
@@ -70,7 +70,7 @@ def picture_together(
     for head in chosen:
         offsets = [pattern.offset(head, r, heads) for _, r in pattern.branches]
         signed = unions.signed(pattern.branches, offsets, seq_len)
-        found.append(sum(factor * _pairs(torch.from_numpy(labels), causal, cell) for labels, factor in signed))
+        found.append(sum(factor * _pairs(relation, seq_len, causal, cell) for relation, factor in signed))
     return torch.stack(found) / _areas(seq_len, cell)
 
 
@@ -83,11 +83,11 @@ def pictures(pattern: Pattern, chosen: Sequence[int], seq_len: int, heads: int, 
     return torch.cat(bands, 1) / _areas(seq_len, cell)
 
 
-def _pairs(labels: Tensor, causal: bool, cell: int) -> Tensor:
-    """How many pairs of positions of one label, (N,) int and -1 for none, each cell holds: (C, C) float32."""
-    position = (labels >= 0).nonzero().flatten()
-    counts = torch.zeros(int(labels.max()) + 1, -(-len(labels) // cell))  # (labels, C)
-    counts.index_put_((labels[position], position // cell), torch.ones(len(position)), accumulate=True)
+def _pairs(relation: unions.Relation, seq_len: int, causal: bool, cell: int) -> Tensor:
+    """How many pairs of positions that see each other each cell holds: (C, C) float32."""
+    positions, labels = (torch.from_numpy(x) for x in relation)
+    counts = torch.zeros(int(labels.max()) + 1 if len(labels) else 0, -(-seq_len // cell))  # (labels, C)
+    counts.index_put_((labels, positions // cell), torch.ones(len(positions)), accumulate=True)
     pairs = counts.T @ counts
     if not causal:
         return pairs

@@ -60,6 +60,11 @@ class InContext(LanguageModeling):
             )
         super().__init__(model, optimizer, max_steps=max_steps)
 
+    def blank_batch(self, batch_size: int, seq_len: int) -> dict[str, Tensor]:
+        """See `Training.blank_batch`."""
+        groups = torch.empty(batch_size, seq_len, dtype=torch.int64)
+        return super().blank_batch(batch_size, seq_len) | {"groups": groups}
+
     def _losses(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         losses, counted, _ = self._answered(tokens, targets)
         return losses, counted

@@ -105,6 +105,25 @@ def test_relations_of_nested_branches_stay_few() -> None:
     assert len(unions.signed(branches, [0] * 20, 4096)) < 60
 
 
+def test_what_sparse_branches_share_takes_the_space_of_what_they_keep() -> None:
+    from longnet_kit.attention import unions
+
+    found = unions.signed([(4096, 32), (8192, 48), (1 << 15, 64)], [0] * 3, 1 << 16)
+    assert sum(len(relation.positions) for relation, _ in found) < (1 << 16) / 8
+
+
+@pytest.mark.parametrize(("lengths", "rates"), [([4, 12], [1, 2]), ([8], [1])])
+def test_weights_drawn_anew_have_equal_branches(lengths: list[int], rates: list[int]) -> None:
+    from longnet_kit.model import Transformer
+
+    attention = {"backend": "dilated", "segment_lengths": lengths, "dilation_rates": rates, "mixing": "learned"}
+    network = Transformer(7, dim=8, layers=2, heads=2, ffn_dim=8, seq_len=16, attention=attention)
+    for backend in network.attention_backends:
+        torch.nn.init.normal_(backend.branch_logits)
+    network.reset_parameters()
+    assert not any(backend.branch_logits.any() for backend in network.attention_backends)
+
+
 @pytest.mark.parametrize("mixing", MIXING)
 @given(drawn=problems(max_seq_len=24), options=dilated_options())
 @settings(max_examples=60)

@@ -95,14 +95,23 @@ def test_branches_are_those_of_the_backend(head_offsets: Any) -> None:
     torch.testing.assert_close(module.out_proj(mixed.flatten(2)), expected, rtol=0, atol=1e-10)
 
 
-def test_it_stands_in_an_encoder_layer_of_torch() -> None:
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("branches", [([N], [1]), ([4, 8], [1, 2])])
+def test_it_stands_in_an_encoder_layer_of_torch(branches: tuple[list[int], list[int]], training: bool) -> None:
     layer = nn.TransformerEncoderLayer(E, H, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
     x = inputs(B, N)[0]
-    expected = layer(x)
-    own = MultiheadDilatedAttention(E, H, [N], [1], batch_first=True, dtype=torch.float64)
+    dense = layer(x)
+    own = MultiheadDilatedAttention(E, H, *branches, batch_first=True, dtype=torch.float64)
     own.load_state_dict(layer.self_attn.state_dict())
     layer.self_attn = own  # type: ignore[assignment]
-    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+    expected = layer.norm1(x + own(x, x, x)[0])
+    expected = layer.norm2(expected + layer._ff_block(expected))
+    assert torch.allclose(expected, dense) == (branches[0] == [N])
+    stack = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).train(training)
+    stack.load_state_dict({f"layers.0.{name}": x for name, x in layer.state_dict().items()})
+    with torch.no_grad():
+        torch.testing.assert_close(layer.train(training)(x), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(stack(x), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

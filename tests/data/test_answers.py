@@ -124,6 +124,19 @@ def test_every_distance_is_asked_for_equally_often() -> None:
         assert counts == dict.fromkeys(SOURCES[name]["distances"], each)
 
 
+def test_spread_distances_cannot_be_told_by_their_place() -> None:
+    """Each is from 1 - spread of the stated one to that, all of them come, and none is most of its group."""
+    found: dict[int, Counter[int]] = {40: Counter(), 90: Counter()}
+    made = source("passkey", distances=[40, 90], spread=0.5, keys=2, digits=2)
+    for index in range(600):
+        text, answers = made.made("train", index, 200)
+        for start, _, group in answers:
+            name = text[start - 3 : start - 2]
+            found[group][start - text.index(b" Pass key " + name + b" is ") - len(b" Pass key A is ")] += 1
+    assert set(found[40]) == set(range(20, 41)) and set(found[90]) == set(range(45, 91))
+    assert all(max(counts.values()) < 0.15 * counts.total() for counts in found.values())
+
+
 def test_a_crowded_source_that_is_let_in_never_gives_up() -> None:
     made = source("passkey", distances=[32, 64, 128, 256, 512], keys=15)
     made.groups(1024)
@@ -142,7 +155,7 @@ def test_an_example_depends_on_seed_split_and_index_alone(name: str) -> None:
     first = texts(source(name), range(20))
     assert first == texts(source(name, train_examples=7), reversed(range(20)))
     assert len(set(first.values())) == 60, "no split shares an example with another"
-    assert not set(first.values()) & set(texts(source(name, seed=1), range(20)).values())
+    assert not set(first.values()) & set(texts(source(name, examples_seed=1), range(20)).values())
 
 
 # --- batches
@@ -209,7 +222,7 @@ def test_other_examples_under_a_checkpoint_are_warned_of(recwarn: pytest.Warning
     state = built("passkey").state_dict()
     built("passkey").load_state_dict(state)
     assert not [w for w in recwarn if "training data" in str(w.message)]
-    others: list[dict[str, Any]] = [{"seed": 1}, {"digits": 3}, {"seq_len": 201}, {"distances": [24, 40, 91]}]
+    others: list[dict[str, Any]] = [{"examples_seed": 1}, {"digits": 3}, {"seq_len": 201}, {"distances": [24, 40, 91]}]
     for changes in others:
         with pytest.warns(UserWarning, match="the training data is not the same"):
             built("passkey", **changes).load_state_dict(state)
@@ -234,6 +247,7 @@ def test_loaders_pickle_for_worker_processes(name: str) -> None:
         ),
         ({"distances": [24, 5]}, r"data\.distances: got \[24, 5\], expected .* of at least 16 tokens"),
         ({"distances": [24, 24]}, r"data\.distances: got \[24, 24\], expected one or more different ones"),
+        ({"spread": 0.5}, r"data\.distances: .* at least 16 tokens after data\.spread 0\.5 of them is taken off, in"),
         ({"distances": []}, r"data\.distances: got \[\], expected one or more"),
         ({"keys": 27}, r"data\.keys: got 27, expected at least 1 and at most 26"),
         ({"keys": 12}, r"data\.keys: 12 at distances of .* are too many for a sequence of 200 tokens; use fewer"),
@@ -291,6 +305,13 @@ def test_a_source_of_ones_own_needs_groups_and_examples_only() -> None:
     (batch,) = made.val_dataloader()
     assert batch["targets"].tolist() == [[-100] * 3 + [ord("3")] + [-100] * 5 + [ord("8")]]
     assert batch["groups"].tolist() == [[-1] * 3 + [7] + [-1] * 5 + [9]]
+
+
+def test_a_source_whose_attributes_are_no_plain_values_is_told_to_write_a_fingerprint() -> None:
+    made = AnswersData(Own(b"1+2=3", (4, 5, 7)), "bytes", seq_len=4, batch_size=1)
+    made.setup()
+    with pytest.raises(data.DataError, match=r"the fingerprint of .*Own must hold plain values"):
+        made.state_dict()
 
 
 @pytest.mark.parametrize(

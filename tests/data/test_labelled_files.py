@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,40 @@ def test_empty_files_are_no_examples() -> None:
         path.write_bytes(b"")
     with pytest.raises(DataError, match=r"cats: 0 files with something in it"):
         LabelledFiles(folder="animals")
+
+
+def test_copies_of_a_file_are_one_example() -> None:
+    """Else a split would be tested on what another was trained on; of two classes, the bytes tell neither."""
+    before = LabelledFiles(folder="animals")
+    for number in range(20):
+        Path(f"animals/cats/copy {number}").write_bytes(Path("animals/cats/4.txt").read_bytes())
+    assert sorted(contents(LabelledFiles(folder="animals")).values()) == sorted(contents(before).values())
+    long = bytes(5000)
+    for path, content in {
+        "cats/long": long,
+        "dogs/long": long,
+        "cats/longer": long + b"1",
+        "dogs/other": long[1:],
+    }.items():
+        Path("animals", path).write_bytes(content)
+    found = contents(LabelledFiles(folder="animals"))
+    assert long not in found.values() and {long + b"1", long[1:]} < set(found.values())
+
+
+def test_hidden_files_of_a_folder_are_left_out() -> None:
+    before = LabelledFiles(folder="animals").fingerprint()
+    for name in ("cats/.DS_Store", "dogs/.git/config", "dogs/deep/.hidden/file"):
+        Path("animals", name).parent.mkdir(exist_ok=True)
+        Path("animals", name).write_bytes(name.encode())
+    assert LabelledFiles(folder="animals").fingerprint() == before
+
+
+def test_a_hundred_thousand_files_are_shared_out_in_seconds() -> None:
+    many = [File(str(i), Path(str(i)), 100 + i % 50) for i in range(100_000)]
+    began = time.monotonic()
+    shared = shared_out(many)
+    assert time.monotonic() - began < 20
+    assert len(shared["val"]) == pytest.approx(10_000, rel=0.01)
 
 
 def test_packages_of_the_library_are_classes() -> None:

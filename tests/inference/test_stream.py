@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
-from longnet_kit import cli
+from longnet_kit import cli, recipe
 from longnet_kit.inference import network
 from longnet_kit.inference import stream as module
 from longnet_kit.inference.score import Score
@@ -87,6 +87,12 @@ def test_extending_changes_what_far_tokens_see(text: bytes) -> None:
     near, far = expected_nats(text), expected_nats(text, N + 2)
     assert near[0] == far[0]
     assert (near[100:] - far[100:]).abs().max() > 1e-6
+
+
+def test_learned_branches_are_not_extended() -> None:
+    r = recipe.load("tiny.yaml", ["model.attention.mixing=learned"])
+    with pytest.raises(ValueError, match="mixing: learned, a trained weight per branch, of which added branches have"):
+        network._further_branches(r, 1000)
 
 
 class Stopped(Exception):

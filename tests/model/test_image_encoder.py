@@ -255,6 +255,16 @@ def test_weights_load_takes_a_classifier_in_safetensors(make: Any, tmp_path: Pat
         assert torch.equal(network.state_dict()[name], x), name
 
 
+@pytest.mark.parametrize("scalar", [np.float32(1e-4), np.int64(3)])
+def test_what_stands_beside_the_weights_is_never_made(scalar: Any, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "args": argparse.Namespace(lr=scalar)}, tmp_path / "some.pth")
+    assert not isinstance(weights.read(tmp_path / "some.pth")["args"], argparse.Namespace)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        before = set(torch.serialization.get_safe_globals())
+        weights.read(tmp_path / "some.pth")
+        assert set(torch.serialization.get_safe_globals()) == before
+
+
 def test_a_file_that_holds_code_is_still_refused(tmp_path: Path) -> None:
     torch.save({"teacher": dino(), "beside": Path}, tmp_path / "longvit.pth")
     with pytest.raises(ValueError, match="is not a checkpoint of this kit, or it is damaged"):

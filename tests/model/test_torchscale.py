@@ -149,6 +149,16 @@ def test_weights_of_another_network_name_what_differs(options: dict, words: str,
         weights.load(network(**options), tmp_path / "torchscale.pt")
 
 
+def test_what_is_no_weight_or_has_no_place_there_is_named(tmp_path: Path) -> None:
+    torch.save({**state(), "decoder.layer_norm.bias": 3}, tmp_path / "torchscale.pt")
+    with pytest.raises(ValueError, match=r"do not fit: layer_norm.bias is a int there and a tensor here"):
+        weights.load(network(), tmp_path / "torchscale.pt")
+    torch.save(state(), tmp_path / "torchscale.pt")
+    attention = {"backend": "dilated", "segment_lengths": [4], "dilation_rates": [1], "mixing": "learned"}
+    with pytest.raises(ValueError, match=r"do not fit this model: blocks.0.attention.backend.mixing.logits is only h"):
+        weights.load(network(attention=attention), tmp_path / "torchscale.pt")
+
+
 def test_a_head_of_its_own_and_positions_that_are_missing_are_refused() -> None:
     given = state()
     given["decoder.output_projection.weight"] = given["decoder.output_projection.weight"] + 1

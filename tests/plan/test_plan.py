@@ -279,6 +279,12 @@ def test_what_a_number_of_devices_means(
     assert bool(assumed) == (devices is not None and not said)
 
 
+@pytest.mark.parametrize("name", ["passkey_longnet", "many_shot_dense", "listops_longnet", "file_classes_longnet"])
+def test_the_step_of_every_task_is_planned(name: str) -> None:
+    found = plan.plan(f"tasks/{name}", ["model.layers=1", "data.batch_size=2"])
+    assert found.peak > 0
+
+
 def test_a_backend_that_cannot_run_without_data_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     if "reads_numbers" not in attention.names():
 

@@ -70,6 +70,38 @@ def test_every_run_is_trained_tested_and_written_down_once(study: Any, monkeypat
     assert stamps == {path: path.stat().st_mtime_ns for path in Path("study/results").iterdir()}
 
 
+def test_a_result_of_a_recipe_that_has_changed_does_not_count(
+    study: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["study.py", "--rows", "transformer_8"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert study.main() == 0
+    before, page = results()["transformer_8-1"], Path("study/RESULTS.md").read_text()
+    path = Path("study/transformer_8.yaml")
+    path.write_text(path.read_text().replace("name: of_transformer_8", "name: of_another_name"))
+    monkeypatch.setattr(sys, "argv", [*argv, "--report"])
+    assert study.main() == 0
+    assert results()["transformer_8-1"] == before, "a name is no experiment"
+    path.write_text(path.read_text() + "optimizer: {lr: 0.02}\n")
+    assert study.main() == 0
+    assert results()["transformer_8-1"] == before and "left out: transformer_8, seed 1" in capsys.readouterr().out
+    assert Path("study/RESULTS.md").read_text() == page, "with no result left, the page stays"
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match="trained under another recipe"):
+        study.main()
+    shutil.rmtree("runs")
+    assert study.main() == 0
+    after = results()["transformer_8-1"]
+    assert after["experiment"] != before["experiment"] and after["test"] != before["test"]
+
+
+def test_elsewhere_it_says_where_to_run_it(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit, match="study has no recipes; run this from"):
+        study.main()
+
+
 def test_what_is_measured_is_what_the_test_split_gives(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against `longnet test` of the same run at that length, on all of the split."""
     monkeypatch.setattr(study, "WINDOWS", 10**6)
