@@ -60,6 +60,7 @@ def watchers(r: Recipe, listener: signals.Listener) -> list[Callback]:
         callbacks.BranchWeights(),
         callbacks.LossByPosition(),
         callbacks.PerplexityByContext(),
+        callbacks.Confusion(),
         callbacks.FinalValidation(),
         *([callbacks.Profile()] if r.trainer.get("profiler") == "pytorch" else []),
         callbacks.Saving(
@@ -187,7 +188,8 @@ def _loggers(r: Recipe, directory: Path, earlier: Rows, purge_step: int | None) 
 
 def _closing_lines(directory: Path, status: str, steps: int, seconds: float, scalars: Mapping[str, float]) -> str:
     """Which run it was, its numbers, and what to type next."""
-    tags = ("val/loss", "val/perplexity", "val/bits_per_byte", "train/loss", "train/tokens_per_second", "train/mfu")
+    quality = ("val/loss", "val/accuracy", "val/perplexity", "val/bits_per_byte", "train/loss")
+    tags = (*quality, "train/tokens_per_second", "train/mfu")
     numbers = "  ".join(f"{tag} {si(scalars[tag]) if scalars[tag] >= 1000 else f'{scalars[tag]:.3f}'}"
                         for tag in tags if tag in scalars)  # fmt: skip
     command = shlex.quote(os.environ.get("LONGNET_COMMAND", "longnet"))

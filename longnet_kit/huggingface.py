@@ -145,11 +145,12 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         cache: LongNetCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **others: None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of the next token, and a loss where labels are given.
 
@@ -159,8 +160,10 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             cache: the past, from `new_cache` or an earlier call. It runs without autograd.
             labels: (B, N) as input_ids: the shift is made here. -100 is ignored.
             use_cache: return a cache to go on from; by default only where one is given.
-            logits_to_keep: only so many tokens at the end get logits; 0: all.
+            logits_to_keep: only so many tokens at the end get logits, or those at these places, (K,) int64; 0: all.
             num_items_in_batch: what the sum of the losses is divided by; by default the number of labels.
+            others: arguments of other models (`inputs_embeds`, `position_ids`, ...), which some libraries always give;
+                they must be None.
 
         Returns:
             loss, logits (B, N, V), cache: those that there are.
@@ -173,6 +176,8 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
                 "output_attentions and output_hidden_states are not to be had; the attention's maps are, from "
                 "model.model.attention_backends[i].attention_map"
             )
+        if given := [name for name, value in others.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)}: this model takes none; it reads input_ids, from position 0 on")
         if use_cache and cache is None:
             cache = self.new_cache(len(input_ids))
         if cache is None:
@@ -186,9 +191,11 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             if attention_mask is not None:
                 _check_whole(attention_mask)
             hidden = self.model.hidden(input_ids, cache=cache.stream)
-        if labels is not None and logits_to_keep:
+        is_part = isinstance(logits_to_keep, Tensor) or logits_to_keep > 0
+        if labels is not None and is_part:
             raise ValueError(f"logits_to_keep is {logits_to_keep}, and labels need them all; give one of the two")
-        logits = nn.functional.linear(hidden[:, -logits_to_keep:], self.model.embedding.weight)
+        places = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+        logits = nn.functional.linear(hidden[:, places], self.model.embedding.weight)
         loss = None if labels is None else _loss(logits, labels, num_items_in_batch)
         found = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)  # type: ignore[arg-type]
         return found if return_dict or (return_dict is None and self.config.return_dict) else found.to_tuple()

@@ -259,9 +259,19 @@ def test_a_cache_says_what_it_cannot_do() -> None:
         greedy(given, x[:1], prompt_lookup_num_tokens=2)
 
 
+def test_libraries_may_give_arguments_of_other_models_as_long_as_they_are_none() -> None:
+    given, x = model(), tokens()
+    nothing = {"inputs_embeds": None, "position_ids": None, "past_key_values": None}
+    assert torch.equal(given(x, **nothing).logits, given(x).logits)
+    places = torch.tensor([3, 20])
+    assert torch.equal(given(x, logits_to_keep=places).logits, given(x).logits[:, places])
+    assert torch.equal(given(x, logits_to_keep=2).logits, given(x).logits[:, -2:])
+
+
 def test_what_cannot_be_had_is_refused() -> None:
     given, x = model(), tokens()
     for options, words in (
+        ({"position_ids": x}, "position_ids: this model takes none; it reads input_ids"),
         ({"output_attentions": True}, "are not to be had; the attention's maps are"),
         ({"labels": x, "use_cache": True}, "with a cache nothing is trained; give labels without one"),
         ({"labels": x, "logits_to_keep": 2}, "logits_to_keep is 2, and labels need them all"),

@@ -36,6 +36,8 @@ def write(folder: Path, results: Sequence[Result], lengths: Sequence[int], suffi
         _table(main, [n for n in lengths if n > min(lengths)], "blockwise"),
         "![perplexity by length](perplexity.png)",
         "## Loss against FLOPs",
+        "The loss is that of 8 batches of the validation split in windows of the trained length. Runs of different "
+        "lengths are measured on other parts of it here; in the tables, on the same text.",
         "![loss against training FLOPs](flops.png)",
         "## Loss against the length of the prompt",
         _prompt_table(main),

@@ -27,12 +27,8 @@ class TorchBlockSparse(BlockSparseBackend):
     is several times faster than xformers' BlockSparseTensor.
 
     Args:
-        pattern: `local`: block i sees blocks i - local_blocks + 1 to i, and as many after when not causal. `fixed`:
-            windows of `local_blocks` blocks; a block sees its own window, and the last `summary_blocks` blocks of
-            every earlier window (of every other window when not causal).
-        block_size: tokens in a block; the last block may be shorter.
-        local_blocks: blocks in a window.
-        summary_blocks: blocks that summarise a window; at most `local_blocks`. Only `fixed` uses it.
+        pattern, local_blocks, summary_blocks: as of `xformers`.
+        block_size: tokens in a block, from 1 on; the last block may be shorter.
 
     Raises:
         ValueError: a number out of range, more summary blocks than the window has, or an unknown pattern.

@@ -16,7 +16,7 @@ from longnet_kit.callbacks.profile import Profile
 from longnet_kit.callbacks.progress import Bar, Lines, progress_bar
 from longnet_kit.callbacks.saving import MONITORED, SaveError, Saving
 from longnet_kit.callbacks.throughput import Throughput
-from longnet_kit.callbacks.validation_figures import LossByPosition, PerplexityByContext
+from longnet_kit.callbacks.validation_figures import Confusion, LossByPosition, PerplexityByContext
 
 __all__ = [
     "MONITORED",
@@ -24,6 +24,7 @@ __all__ = [
     "Bar",
     "Board",
     "BranchWeights",
+    "Confusion",
     "Consumption",
     "FastKernels",
     "FinalValidation",

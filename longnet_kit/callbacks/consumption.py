@@ -26,11 +26,11 @@ _STATUS = Path("/proc/self/status")
 class Consumption(Callback):
     """Writes `train/tokens`, `train/flops`, `train/seconds` and `train/peak_memory` whenever training scalars are due.
 
-    Tokens are those trained on by all ranks; FLOPs those that their training takes, 3 * model.flops per sequence, where
-    the attention backend can count them (what is computed twice to save memory counts once); seconds are the run's,
-    validations included, the last one too; memory is the most that a rank had at once while it trained, in bytes:
-    allocated by torch on CUDA, resident in the process on a CPU; it is left out where the system does not say. A
-    resumed run goes on with all of them.
+    Tokens are those trained on by all ranks, padding among them; FLOPs 3 * model.flops for every seq_len tokens, where
+    the attention backend can count them: as if all sequences were whole and every token had logits, and what is
+    computed twice to save memory counts once; seconds are the run's, validations included, the last one too; memory is
+    the most that a rank had at once while it trained, in bytes: allocated by torch on CUDA, resident in the process on
+    a CPU; it is left out where the system does not say. A resumed run goes on with all of them.
 
     In TensorBoard, `vs_tokens/<tag>` shows the scalars of `VS_TOKENS` with tokens in place of steps, so that runs of
     different batches overlay.

@@ -1,4 +1,4 @@
-"""Figures of a validation: loss by position in the context, perplexity by length of the context."""
+"""Figures of a validation: loss by position in the context, perplexity by its length, classes given for classes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from longnet_kit.callbacks.board import boards, draw
 from longnet_kit.report import figures
 
+MOST_CLASSES = 50
 _CONTEXT = re.compile(r"val/perplexity@(\d+)")
 
 
@@ -41,3 +42,14 @@ class PerplexityByContext(Callback):
             found.setdefault(seq_len, float(scalars["val/perplexity"]))
         if len(found) > 1:
             draw(trainer, "val/perplexity_by_context", figures.perplexity_by_context(found))
+
+
+class Confusion(Callback):
+    """Draws the task's `confusion` into TensorBoard as `val/confusion`, where it classifies into at most 50 classes."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        counts = getattr(pl_module, "confusion", None)
+        classes = getattr(getattr(getattr(trainer, "datamodule", None), "source", None), "classes", ())
+        if trainer.sanity_checking or counts is None or not boards(trainer) or not 0 < len(classes) <= MOST_CLASSES:
+            return
+        draw(trainer, "val/confusion", figures.confusion(counts.cpu().numpy(), list(classes)))

@@ -56,6 +56,26 @@ def perplexity_by_context(perplexities: Mapping[int, float]) -> Figure:
     return figure
 
 
+def confusion(counts: NDArray[np.integer], classes: Sequence[str]) -> Figure:
+    """Draw how often sequences of each class were given each class, as shares of their row.
+
+    Args:
+        counts: (C, C), the right class in the first dimension.
+        classes: the names of the C.
+    """
+    from matplotlib.figure import Figure
+
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    size = 2.4 + 0.42 * len(classes)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.add_subplot(xlabel="given class", ylabel="right class")
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    axes.set_xticks(range(len(classes)), classes, rotation=90)
+    axes.set_yticks(range(len(classes)), [f"{name} ({n:,})" for name, n in zip(classes, counts.sum(1), strict=True)])
+    figure.colorbar(image, ax=axes, label="share of the right class's sequences")
+    return figure
+
+
 def branch_weights(shares: NDArray[np.floating], branches: Sequence[tuple[int, int]]) -> Figure:
     """Draw the share of each branch in the mixture, a bar per layer.
 

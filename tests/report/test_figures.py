@@ -74,3 +74,11 @@ def test_each_layers_shares_stand_in_its_bar_under_their_branch() -> None:
 def test_importing_the_module_does_not_import_matplotlib() -> None:
     code = "import sys, longnet_kit.report.figures; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_a_confusion_is_drawn_in_shares_of_the_right_class() -> None:
+    counts = np.array([[6, 2, 0], [0, 0, 0], [1, 1, 2]])
+    axes = figures.confusion(counts, ["a", "b", "c"]).axes[0]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[0.75, 0.25, 0], [0, 0, 0], [0.25, 0.25, 0.5]])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a (8)", "b (0)", "c (4)"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("given class", "right class")

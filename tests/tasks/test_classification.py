@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning import LightningDataModule
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -216,6 +217,9 @@ def test_a_run_and_what_follows_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(curve(run, "val/accuracy")) == {3, 6} and (run / "checkpoints" / "best.ckpt").exists()
     assert experiment.evaluate(run) == pytest.approx({tag: summary[tag] for tag in measured}, rel=1e-6)
     assert set(experiment.evaluate(run, which="test")) == {tag.replace("val", "test") for tag in measured}
+    images = EventAccumulator(str(run)).Reload().Tags()["images"]
+    assert "val/confusion" in images
+    assert "val/accuracy" in capsys.readouterr().out.split("finished")[-1]
     assert cli.main(["compare", "runs", "--metric", "val/accuracy"]) == 0
     assert cli.main(["export", str(run), "x.safetensors"]) == 0
     exported = load_file("x.safetensors")
