@@ -160,7 +160,7 @@ def test_figures_are_drawn_of_what_was_measured(tmp_path: Path, monkeypatch: pyt
     perplexities = {4: "val/perplexity@4", 8: "val/perplexity@8", SEQ_LEN: "val/perplexity"}
     (drawn,) = asked["perplexity_by_context"]
     assert drawn == pytest.approx({length: table[tag][4] for length, tag in perplexities.items()}, rel=1e-6)
-    assert asked["pattern_figure"] == (ours.model.attention_backends[0].pattern, 12, 2, False)
+    assert asked["pattern_figure"] == (ours.model.attention_backends[0].pattern, 12, 2, False, "")
     ours.loss_by_position = torch.ones(4)  # where neighbours of a long context share a mean
     for callback in watching[:1]:
         callback.on_validation_end(run, ours)
@@ -207,7 +207,8 @@ def test_a_session_ends_as_the_run_did(status: str, expected: str, tmp_path: Pat
 def test_every_chart_of_the_layout_has_a_tag_that_is_written(tmp_path: Path) -> None:
     run = trainer(tmp_path, Throughput(), Consumption(), loggers=[board(tmp_path)], val_check_interval=2)
     run.fit(task(), datamodule=Data())
-    tags = events(tmp_path).Tags()["scalars"]
+    classification = ["train/accuracy", "val/accuracy"]  # see tests/tasks/test_classification.py
+    tags = [*events(tmp_path).Tags()["scalars"], *classification]
     for charts in LAYOUT.values():
         for _, patterns in charts.values():
             assert all(any(re.fullmatch(pattern, tag) for tag in tags) for pattern in patterns)
