@@ -210,9 +210,9 @@ def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
         remedy = "choose dim and heads so that dim / heads is even, or positions: none"
         message = f"got {positions!r}, which turns pairs of dimensions, {each}; {remedy}"
         check(odd, message, "model.positions", "model.dim", "model.heads")
-    acausal = model.get("causal") is False
-    seen = acausal and values.get("task") == "language_modeling"
-    told = "got false, but language_modeling predicts the next token, which such a model sees; set it to true"
+    acausal, task = model.get("causal") is False, values.get("task")
+    seen = acausal and _predicts_tokens(task)
+    told = f"got false, but {task} predicts the next token, which such a model sees; set it to true"
     check(seen, told, "model.causal", "task")
     xpos = "got 'xpos' with model.causal: false; its decay becomes growth towards later tokens: use rope or none"
     check(acausal and not seen and positions == "xpos", xpos, "model.positions", "model.causal")
@@ -239,6 +239,13 @@ def _cross_problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
     both = values.get("init_from") is not None and values.get("resume") not in (None, "auto")
     check(both, "a resumed run has its weights already; leave out one of init_from and resume", "init_from", "resume")
     return found
+
+
+def _predicts_tokens(task: Any) -> bool:
+    """Whether a task's network is asked for next tokens; a plug-in's that does not say so is taken to know better."""
+    from longnet_kit import tasks
+
+    return not tasks.registry.refusal(task) and getattr(tasks.registry.get(task), "predicts_tokens", False)
 
 
 def _time_problem(given: Any) -> str:

@@ -293,6 +293,7 @@ def test_keys_that_do_not_fit_together_are_only_told_when_each_is_right(tmp_path
         (["model.dim=12", "model.positions=xpos"], "which turns pairs of dimensions, but heads have 3"),
         (["model.causal=false", "model.positions=xpos"], "model.causal"),
         (["model.causal=false"], "language_modeling predicts the next token"),
+        (["task=in_context", "data={source: passkey}", "model.causal=false"], "in_context predicts the next token"),
         (["strategy.sequence_parallel_size=2"], "does not divide sequences"),
         (["data.eval_contexts=[8,8]"], "[8] stand twice"),
         (["resume=nowhere"], "nothing is there"),
