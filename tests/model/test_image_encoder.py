@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm, linear
+from torch.nn.functional import layer_norm, linear
 
 from longnet_kit import attention, weights
 from longnet_kit.model import (
@@ -24,40 +24,24 @@ from longnet_kit.model import (
     image_weights,
     slide_weights,
 )
+from tests.model import torchscale_encoder
+from tests.model.torchscale_encoder import State
 
 PATCH, SIDE, DIM, HEADS, FFN, LAYERS, CLASSES = 4, 4, 24, 3, 40, 2, 5
 BRANCHES = [(4, 1), (8, 2), (16, 4)]
-State = dict[str, Tensor]
 N = TypeVar("N", bound=nn.Module)
 
 
 def state(kind: str, prefix: str = "", side: int = SIDE, seed: int = 0) -> State:
     """Random weights in LongViT's layout, `pretrained` or `finetuned`."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
-
+    draw = torchscale_encoder.drawing(seed)
     body = {"pos_embed": draw(1, side * side, DIM), "patch_embed.proj.weight": draw(DIM, 3, PATCH, PATCH)}
-    body["patch_embed.proj.bias"] = draw(DIM)
-    linears: dict[str, tuple[int, int]] = {}
-    norms: dict[str, int] = {}
-    for i in range(LAYERS):
-        layer = f"encoder.layers.{i}"
-        linears |= {f"{layer}.self_attn.{name}_proj": (DIM, DIM) for name in ("k", "v", "q", "out")}
-        linears |= {f"{layer}.ffn.fc1": (FFN, DIM), f"{layer}.ffn.fc2": (DIM, FFN)}
-        norms |= {f"{layer}.{name}": DIM for name in ("self_attn_layer_norm", "final_layer_norm")}
-        norms |= {f"{layer}.self_attn.inner_attn_ln": DIM, f"{layer}.ffn.ffn_layernorm": FFN}
-    for name, (rows, columns) in linears.items():
-        body |= {f"{name}.weight": draw(rows, columns), f"{name}.bias": draw(rows)}
-    for name, width in norms.items():
-        body |= {f"{name}.weight": 1 + draw(width), f"{name}.bias": draw(width)}
-    norm = {"weight": 1 + draw(DIM), "bias": draw(DIM)}
+    body |= {"patch_embed.proj.bias": draw(DIM)} | torchscale_encoder.of_layers(draw, LAYERS, DIM, FFN)
     if kind == "pretrained":
-        body |= {f"norm.{name}": x for name, x in norm.items()}
+        body |= torchscale_encoder.of_norm(draw, "norm", DIM)
         return {prefix + key: x for key, x in body.items()}
-    made = {f"model.{key}": x for key, x in body.items()} | {f"fc_norm.{name}": x for name, x in norm.items()}
-    made |= {"head.weight": draw(CLASSES, DIM), "head.bias": draw(CLASSES)}
+    made = {f"model.{key}": x for key, x in body.items()} | torchscale_encoder.of_norm(draw, "fc_norm", DIM)
+    made |= torchscale_encoder.of_linear(draw, "head", CLASSES, DIM)
     return {prefix + key: x for key, x in made.items()}
 
 
@@ -94,13 +78,6 @@ def resampled(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def expected(w: State, image: Tensor) -> Tensor:
     """Of one image, (3, height, width), and a backbone's weights: the states of its patches, (N, DIM)."""
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-5)
-
-    def project(x: Tensor, name: str) -> Tensor:
-        return linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-
     rows, columns = image.shape[1] // PATCH, image.shape[2] // PATCH
     patches = [
         image[:, i * PATCH : (i + 1) * PATCH, j * PATCH : (j + 1) * PATCH].flatten()
@@ -113,31 +90,7 @@ def expected(w: State, image: Tensor) -> Tensor:
         places = resampled(w["pos_embed"], down, across)
     kernel = w["patch_embed.proj.weight"].flatten(1)
     x = linear(torch.stack(patches), kernel, w["patch_embed.proj.bias"]) + places
-    for i in range(LAYERS):
-        layer = f"encoder.layers.{i}"
-        y = norm(x, f"{layer}.self_attn_layer_norm")
-        q, k, v = (project(y, f"{layer}.self_attn.{name}_proj").view(len(x), HEADS, -1) for name in "qkv")
-        x = x + project(norm(attend(q, k, v), f"{layer}.self_attn.inner_attn_ln"), f"{layer}.self_attn.out_proj")
-        y = gelu(project(norm(x, f"{layer}.final_layer_norm"), f"{layer}.ffn.fc1"))
-        x = x + project(norm(y, f"{layer}.ffn.ffn_layernorm"), f"{layer}.ffn.fc2")
-    return x
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each branch as a dense masked softmax, mixed by their denominators: (N, H, D) to (N, H * D)."""
-    n, heads, head_dim = q.shape
-    position = torch.arange(n)
-    outs, denominators = [], []
-    for w, r in BRANCHES:
-        offset = torch.arange(heads)[:, None] // -(-heads // r)
-        kept = position % w % r == offset  # (H, N)
-        same = position[:, None] // w == position // w
-        seen = same & kept[:, :, None] & kept[:, None, :]
-        mass = (torch.einsum("nhd,mhd->hnm", q, k) / head_dim**0.5).exp() * seen
-        denominators.append(mass.sum(-1))
-        outs.append(torch.einsum("hnm,mhd->hnd", mass / mass.sum(-1, keepdim=True).clamp(min=1e-300), v))
-    share = torch.stack(denominators) / torch.stack(denominators).sum(0)
-    return (torch.stack(outs) * share[..., None]).sum(0).transpose(0, 1).flatten(1)
+    return torchscale_encoder.states(w, x, LAYERS, HEADS, BRANCHES)[-1]
 
 
 def vector(w: State, image: Tensor) -> Tensor:

@@ -9,36 +9,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, linear
+from torch.nn.functional import layer_norm
 
 from longnet_kit import attention, weights
 from longnet_kit.model import SlideEncoder, Transformer, slide_encoder, slide_weights
+from tests.model import torchscale_encoder
+from tests.model.torchscale_encoder import State
 
 IN, DIM, HEADS, FFN, LAYERS, GRID, TILE = 10, 24, 3, 40, 2, 5, 256
 BRANCHES = [(4, 1), (8, 2), (16, 4)]
-State = dict[str, Tensor]
 
 
 def state(prefix: str = "", places: bool = False, seed: int = 0) -> State:
     """Random weights in GigaPath's layout."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
-
-    made = {"cls_token": draw(1, 1, DIM)}
-    linears = {"patch_embed.proj": (DIM, IN)}
-    norms = {"encoder.layer_norm": DIM, "norm": DIM}
-    for i in range(LAYERS):
-        layer = f"encoder.layers.{i}"
-        linears |= {f"{layer}.self_attn.{name}_proj": (DIM, DIM) for name in ("k", "v", "q", "out")}
-        linears |= {f"{layer}.ffn.fc1": (FFN, DIM), f"{layer}.ffn.fc2": (DIM, FFN)}
-        norms |= {f"{layer}.{name}": DIM for name in ("self_attn_layer_norm", "final_layer_norm")}
-        norms |= {f"{layer}.self_attn.inner_attn_ln": DIM, f"{layer}.ffn.ffn_layernorm": FFN}
-    for name, (rows, columns) in linears.items():
-        made |= {f"{name}.weight": draw(rows, columns), f"{name}.bias": draw(rows)}
-    for name, width in norms.items():
-        made |= {f"{name}.weight": 1 + draw(width), f"{name}.bias": draw(width)}
+    draw = torchscale_encoder.drawing(seed)
+    made = {"cls_token": draw(1, 1, DIM)} | torchscale_encoder.of_linear(draw, "patch_embed.proj", DIM, IN)
+    made |= torchscale_encoder.of_layers(draw, LAYERS, DIM, FFN)
+    for name in ("encoder.layer_norm", "norm"):
+        made |= torchscale_encoder.of_norm(draw, name, DIM)
     if places:
         made["pos_embed"] = torch.tensor([[0.0] * DIM] + [place(i, j) for i in range(GRID) for j in range(GRID)])[None]
     return {prefix + key: x for key, x in made.items()}
@@ -55,44 +43,13 @@ def place(first: int, second: int) -> list[float]:
 
 def expected(w: State, features: Tensor, coordinates: Tensor) -> tuple[list[Tensor], Tensor]:
     """Of one slide, (N, IN) and (N, 2): the states before each layer and after the last, and the normed last one."""
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-5)
-
-    def project(x: Tensor, name: str) -> Tensor:
-        return linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-
     cells = (coordinates // TILE).long().tolist()
-    tiles = project(features, "patch_embed.proj") + torch.tensor([place(*c) for c in cells], dtype=torch.float64)
+    tiles = torchscale_encoder.project(w, features, "patch_embed.proj") + torch.tensor(
+        [place(*c) for c in cells], dtype=torch.float64
+    )
     x = torch.cat((w["cls_token"][0], tiles))
-    states = [x]
-    for i in range(LAYERS):
-        layer = f"encoder.layers.{i}"
-        y = norm(x, f"{layer}.self_attn_layer_norm")
-        q, k, v = (project(y, f"{layer}.self_attn.{name}_proj").view(len(x), HEADS, -1) for name in "qkv")
-        x = x + project(norm(attend(q, k, v), f"{layer}.self_attn.inner_attn_ln"), f"{layer}.self_attn.out_proj")
-        y = gelu(project(norm(x, f"{layer}.final_layer_norm"), f"{layer}.ffn.fc1"))
-        x = x + project(norm(y, f"{layer}.ffn.ffn_layernorm"), f"{layer}.ffn.fc2")
-        states.append(x)
-    return states, norm(x, "encoder.layer_norm")
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each branch as a dense masked softmax, mixed by their denominators: (N, H, D) to (N, H * D)."""
-    n, heads, head_dim = q.shape
-    position = torch.arange(n)
-    outs, denominators = [], []
-    for w, r in BRANCHES:
-        offset = torch.arange(heads)[:, None] // -(-heads // r)
-        kept = position % w % r == offset  # (H, N)
-        same = position[:, None] // w == position // w
-        seen = same & kept[:, :, None] & kept[:, None, :]
-        scores = torch.einsum("nhd,mhd->hnm", q, k) / head_dim**0.5
-        mass = scores.exp() * seen
-        denominators.append(mass.sum(-1))
-        outs.append(torch.einsum("hnm,mhd->hnd", mass / mass.sum(-1, keepdim=True).clamp(min=1e-300), v))
-    share = torch.stack(denominators) / torch.stack(denominators).sum(0)
-    return (torch.stack(outs) * share[..., None]).sum(0).transpose(0, 1).flatten(1)
+    states = torchscale_encoder.states(w, x, LAYERS, HEADS, BRANCHES)
+    return states, torchscale_encoder.norm(w, states[-1], "encoder.layer_norm")
 
 
 def pooled(w: State, x: Tensor, pooling: str) -> Tensor:
