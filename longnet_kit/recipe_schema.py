@@ -1,6 +1,6 @@
 """Which keys a recipe has: their types, ranges and defaults, as dataclasses; and what is asked of Trainer arguments.
 
-Only what one key allows by itself is said here. How keys must fit together is in recipe_checks.
+Only what one key allows by itself is said here. How keys must fit together is in recipe_together.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What is wrong with how a recipe spreads its work: devices, sequence length, attention and windows that do not divide.
 
-A part of recipe_checks.
+A part of recipe_together.
 """
 
 from __future__ import annotations
