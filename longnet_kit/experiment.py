@@ -47,8 +47,8 @@ def build_task(r: Recipe) -> LightningModule:
     if precision == "64-true" and torch.get_default_dtype() != torch.float64:
         network.double()  # now: Lightning does it after a checkpoint is loaded, and what is loaded would be rounded
     task = task_class(network, r.optimizer, max_steps=r.trainer["max_steps"], eval_contexts=r.data.eval_contexts)
-    if r.init_from is not None:
-        weights.load(network, Path(r.init_from))
+    if r.init_from is not None and (note := weights.start_from(network, Path(r.init_from))):
+        say(f"note: {note}")
     return task
 
 
@@ -72,7 +72,7 @@ def run(r: Recipe) -> Path:
     with ExitStack() as held:
         place = parallel.agree(trainer, lambda: fitting.claim(r, held))
         if r.init_from is not None and place.ckpt is None and not trainer.is_global_zero:
-            weights.load(task.model, Path(r.init_from))  # type: ignore[arg-type]
+            weights.start_from(task.model, Path(r.init_from))  # type: ignore[arg-type]
         if not place.is_finished:
             return fitting.fit(r, trainer, task, datamodule, place, listener)
     say(f"{place.directory} has finished its {r.trainer['max_steps']} steps; raise trainer.max_steps to train it on")

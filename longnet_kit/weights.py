@@ -90,8 +90,30 @@ def load(network: nn.Module, source: Path) -> None:
     Raises:
         ValueError: nothing is there, or the first parameters that do not fit are named.
     """
-    path = source if source.is_file() else runs.checkpoint(runs.find(source))
+    path = _file_of(source)
     network.load_state_dict(fitting(network, path, read(path)))
+
+
+def start_from(network: nn.Module, source: Path) -> str:
+    """Load weights as `load` does, to be trained on; a head that there is none for stays as it was drawn.
+
+    The parameters of that head are what the network's `own_head` names: a classifier starts from a language model so.
+
+    Returns:
+        A sentence on what was not loaded; empty where all was.
+    """
+    path = _file_of(source)
+    own_head = getattr(network, "own_head", ())
+    drawn = {key: x for key, x in network.state_dict().items() if key in own_head}
+    loaded = fitting(network, path, read(path), instead=drawn)
+    network.load_state_dict(loaded)
+    if drawn and all(loaded[key] is x for key, x in drawn.items()):
+        return f"{path} has no {', '.join(drawn)}: drawn anew, the rest is loaded"
+    return ""
+
+
+def _file_of(source: Path) -> Path:
+    return source if source.is_file() else runs.checkpoint(runs.find(source))
 
 
 def check_resumable(network: nn.Module, path: Path) -> int:
@@ -111,8 +133,14 @@ def check_resumable(network: nn.Module, path: Path) -> int:
     return saved["global_step"]
 
 
-def fitting(network: nn.Module, path: Path, saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of the network in what `read` found; ValueError when they are those of another one."""
+def fitting(
+    network: nn.Module, path: Path, saved: Mapping[str, Any], instead: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The weights of the network in what `read` found; ValueError when they are those of another one.
+
+    Args:
+        instead: what to take for parameters of which none is there.
+    """
     state = {key: x for key, x in saved["state_dict"].items() if isinstance(key, str)}
     convert = next((convert for is_layout, convert in _ELSEWHERE if is_layout(state)), None)
     if convert is None:
@@ -122,6 +150,8 @@ def fitting(network: nn.Module, path: Path, saved: Mapping[str, Any]) -> dict[st
             weights = convert(state, network)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+    if instead and not any(key in weights for key in instead):
+        weights |= instead
     own = network.state_dict()
     keys = dict.fromkeys((*own, *weights))
     misfits = [misfit for key in keys if (misfit := _misfit(key, weights.get(key), own.get(key)))]

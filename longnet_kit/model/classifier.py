@@ -23,6 +23,9 @@ class Classifier(Transformer):
         ValueError: as of `Transformer`; fewer than two classes, or a `loss_chunk`, which only losses of tokens have.
     """
 
+    own_head = "head.weight", "head.bias"
+    """Parameters that the weights of a language model lack."""
+
     def __init__(self, vocab_size: int, *, classes: int, **options: Any) -> None:
         if classes < 2:
             raise ValueError(f"classes is {classes}, expected at least 2")

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from longnet_kit import cli, data, experiment, plan, recipe, runs, shipped, tasks
 from longnet_kit.data import labelled_batches
+from longnet_kit.model import Transformer
 from longnet_kit.model.classifier import Classifier
 from longnet_kit.recipe import RecipeError
 from longnet_kit.tasks import Classification
@@ -231,6 +232,26 @@ def test_a_run_and_what_follows_it(capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(verb) == 2
         told = capsys.readouterr().err
         assert "trained for the task classification, whose network predicts no next token" in told, told
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_classifier_starts_from_a_language_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its head stays as it was drawn, which is said; a classifier's weights are taken whole, or not at all."""
+    r = recipe.load("tiny.yaml")
+    torch.manual_seed(5)
+    language = Transformer(257, seq_len=r.data.seq_len, **{**vars(r.model), "causal": True})
+    torch.save({"state_dict": {f"model.{k}": x for k, x in language.state_dict().items()}}, "language.ckpt")
+    torch.manual_seed(6)
+    drawn = experiment.build_task(r).model.head.weight
+    torch.manual_seed(6)
+    started = experiment.build_task(recipe.load("tiny.yaml", ["init_from=language.ckpt"])).model
+    assert "language.ckpt has no head.weight, head.bias: drawn anew, the rest is loaded" in capsys.readouterr().out
+    assert torch.equal(started.head.weight, drawn)
+    assert all(torch.equal(x, started.state_dict()[key]) for key, x in language.state_dict().items())
+    half = {f"model.{k}": x for k, x in started.state_dict().items() if k != "head.bias"}
+    torch.save({"state_dict": half}, "half.ckpt")
+    with pytest.raises(ValueError, match="do not fit this model: head.bias is only here"):
+        experiment.build_task(recipe.load("tiny.yaml", ["init_from=half.ckpt"]))
 
 
 @pytest.mark.usefixtures("folder")
