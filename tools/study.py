@@ -1,6 +1,6 @@
 """The paper's study in small: train recipes/study, test every run at each length, write the table and the plots.
 
-    python tools/study.py                      everything: about eight hours on two cores, on one thread each
+    python tools/study.py                      everything: hours, on one core
     python tools/study.py --rows longnet_8k    some rows; several such commands may run at once
     python tools/study.py --report             only test and write what is trained by now
 
@@ -46,7 +46,7 @@ WORDS = ("name", "description", "extends", "resume")
 
 def main() -> int:
     options = _options()
-    rows = {path.stem: path for path in sorted(FOLDER.rglob("*.yaml")) if not path.stem.startswith("_")}
+    rows = {path.stem: path for path in sorted(FOLDER.rglob("*.yaml"))}
     if not rows:
         sys.exit(f"{FOLDER} has no recipes; run this from the folder that the kit is checked out in")
     wanted = options.rows or list(rows)
@@ -202,7 +202,7 @@ def _suffix_loss(net: Transformer, texts: Sequence[tuple[Tensor, Tensor]], lengt
 def _losses(net: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
     """Losses of each token, (B, N), a few rows at a time."""
     parts = zip(*(x.split(max(1, max(LENGTHS) // x.shape[1])) for x in (tokens, targets)), strict=True)
-    return torch.cat([token_losses(net.hidden(x), net.embedding.weight, y, None) for x, y in parts])
+    return torch.cat([token_losses(net.hidden(x), net.embedding.weight, y) for x, y in parts])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from longnet_kit.attention import (
 )
 from longnet_kit.attention.backend import AttentionBackend, Support
 from longnet_kit.attention.cache import KeyValueCache
+from longnet_kit.attention.inputs import in_autocast
 from longnet_kit.attention.patterns import Count
 from longnet_kit.typed import Range
 
@@ -56,14 +57,6 @@ class BlockSparseBackend(AttentionBackend):
         p = self._pattern
         numbers = f"block_size={p.block_size}, local_blocks={p.local_blocks}, summary_blocks={p.summary_blocks}"
         return f"pattern={p.layout!r}, {numbers}"
-
-
-def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors in the dtype that autocast asks for; float64 stays."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 @register("xformers")

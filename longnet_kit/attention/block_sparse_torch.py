@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from longnet_kit.attention import block_sparse_merged, flash, register
-from longnet_kit.attention.block_sparse import BlockSparseBackend, in_autocast
+from longnet_kit.attention.block_sparse import BlockSparseBackend
+from longnet_kit.attention.inputs import in_autocast
 from longnet_kit.attention.mixture import exact, unit_stride
 from longnet_kit.attention.patterns import BlockSparse, Count
 

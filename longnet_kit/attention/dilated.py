@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from longnet_kit.attention import padding, patterns, register
@@ -18,6 +17,7 @@ from longnet_kit.attention.dilated_cached import DilatedCache
 from longnet_kit.attention.dilated_mixing import Call, Combination, Denominators, Equal, Learned
 from longnet_kit.attention.dilated_op import dilated, dilated_backward
 from longnet_kit.attention.dilated_union import Union
+from longnet_kit.attention.inputs import in_autocast
 from longnet_kit.attention.mixture import unit_stride
 from longnet_kit.attention.patterns import Count, HeadOffsets, Overlap
 from longnet_kit.attention.sharding import SequenceShard
@@ -142,8 +142,7 @@ class DilatedAttention(AttentionBackend):
         first_head: int,
         total_heads: int | None,
     ) -> Tensor:
-        if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+        q, k, v = in_autocast(q, k, v)
         call = self._call(q, causal, first_head, total_heads)
         if key_padding_mask is not None:
             q, k, v = padding.hide(q, k, v, key_padding_mask)

@@ -1,4 +1,4 @@
-"""What an attention call may be given: the checks at the door, so that no backend has to make them."""
+"""What an attention call may be given: the checks at the door, so that no backend has to make them; and its dtype."""
 
 from __future__ import annotations
 
@@ -57,3 +57,11 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | Non
         )
     if key_padding_mask.device != q.device:
         raise ValueError(f"key_padding_mask is on {key_padding_mask.device} but q is on {q.device}; move it there")
+
+
+def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype that autocast asks for; float64 stays."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)

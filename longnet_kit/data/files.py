@@ -58,7 +58,7 @@ class Files(Source):
         seen: set[str] = set()
         self._files: dict[str, list[tuple[str, Path]]] = {}
         for split, (key, patterns) in given.items():
-            self._files[split] = [found for p in patterns for found in _expand(p, key, problems)]
+            self._files[split] = [found for p in patterns for found in expand(p, key, problems)]
             self._files[split] = [(name, path) for name, path in self._files[split] if _first(path, seen)]
         if not problems and not self._files["train"]:
             problems.append("data.paths: all are named in val_paths or test_paths too; nothing is left to train on")
@@ -168,7 +168,7 @@ _ADVICE = (
 )
 
 
-def _expand(pattern: str, key: str, problems: list[str]) -> list[tuple[str, Path]]:
+def expand(pattern: str, key: str, problems: list[str]) -> list[tuple[str, Path]]:
     """The files of one path or pattern with their names, sorted; what is wrong with it goes to `problems`."""
     if not _is_path(pattern):
         problems.append(f"data.{key}: {pattern!a} holds a character that no path can; correct it")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 from longnet_kit.data import copies
 from longnet_kit.data.errors import DataError
-from longnet_kit.data.files import _expand
+from longnet_kit.data.files import expand
 from longnet_kit.data.labels import Labelled, LabelledSource
 from longnet_kit.data.sources import SPLITS, PythonStdlib, Split, registry, stamp
 from longnet_kit.typed import Range
@@ -178,7 +178,7 @@ class LabelledFiles(Pieces):
         else:
             assert paths is not None
             keys = {name: f"data.paths.{name}" for name in paths}
-            found = {name: [f for p in paths[name] for f in _expand(p, f"paths.{name}", problems)] for name in paths}
+            found = {name: [f for p in paths[name] for f in expand(p, f"paths.{name}", problems)] for name in paths}
             problems += [
                 f"{keys[name]} is empty; name at least one file or pattern" for name in paths if not paths[name]
             ]
