@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef  # pyright: ignore[reportPrivateImportUsage]
 from torch.utils.flop_counter import register_flop_formula
 
 from longnet_kit.attention import patterns
@@ -82,28 +83,27 @@ def _dense_first(
         yield branch_views(seq_len, w, r, head_offsets, first_head, heads, total_heads)  # type: ignore[arg-type]
 
 
-@dilated.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=exact(q))
+def make_differentiable(op: CustomOpDef, backward_op: CustomOpDef) -> None:
+    """Give operations with the arguments of `dilated` and `dilated_backward` their fake kernels and autograd."""
 
+    def fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=exact(q))
 
-@dilated_backward.register_fake
-def _(grad_out: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    def backward_fake(grad_out: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, *ctx.settings = inputs
+        ctx.save_for_backward(q, k, v, *output)
+        ctx.mark_non_differentiable(output[1])
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.mark_non_differentiable(output[1])
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = backward_op(grad_out, *ctx.saved_tensors, *ctx.settings)
+        return (*grads, *(None for _ in ctx.settings))
 
-
-def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = dilated_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
-    return (*grads, *(None for _ in ctx.settings))
-
-
-dilated.register_autograd(_backward, setup_context=_save)
+    op.register_fake(fake)
+    backward_op.register_fake(backward_fake)
+    op.register_autograd(backward, setup_context=save)
 
 
 def forward_flops(q_shape: Sequence[int], k_shape: Any, v_shape: Any, *settings: Any, **_: Any) -> int:
@@ -124,5 +124,6 @@ def backward_flops(grad_shape: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, 
     return 5 * forward_flops(q, k, v, *settings) // 2  # five matrix products against two
 
 
+make_differentiable(dilated, dilated_backward)
 register_flop_formula(torch.ops.longnet_kit.dilated)(forward_flops)
 register_flop_formula(torch.ops.longnet_kit.dilated_backward)(backward_flops)

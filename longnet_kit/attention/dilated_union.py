@@ -20,7 +20,7 @@ from longnet_kit.attention import patterns
 from longnet_kit.attention.backend import Support
 from longnet_kit.attention.dilated_cached import DilatedCache
 from longnet_kit.attention.dilated_mixing import Call, Combination
-from longnet_kit.attention.dilated_op import backward_flops, forward_flops
+from longnet_kit.attention.dilated_op import backward_flops, forward_flops, make_differentiable
 from longnet_kit.attention.inputs import nearest_divisor
 from longnet_kit.attention.mixture import Gradients, Mixture, exact, unit_stride
 from longnet_kit.attention.sharding import SequenceShard, to_heads, to_sequence, whole_sequence
@@ -262,27 +262,6 @@ def _scores(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> Tensor:
     return scores.masked_fill_(hidden, -torch.inf)
 
 
-@dilated_union.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=exact(q))
-
-
-@dilated_union_backward.register_fake
-def _(grad_out: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = dilated_union_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
-    return (*grads, *(None for _ in ctx.settings))
-
-
-dilated_union.register_autograd(_differentiate, setup_context=_save)
+make_differentiable(dilated_union, dilated_union_backward)
 register_flop_formula(torch.ops.longnet_kit.dilated_union)(forward_flops)
 register_flop_formula(torch.ops.longnet_kit.dilated_union_backward)(backward_flops)
