@@ -36,8 +36,9 @@ def write(folder: Path, results: Sequence[Result], lengths: Sequence[int], suffi
         _table(main, [n for n in lengths if n > min(lengths)], "blockwise"),
         "![perplexity by length](perplexity.png)",
         "## Loss against FLOPs",
-        "The loss is that of 8 batches of the validation split in windows of the trained length. Runs of different "
-        "lengths are measured on other parts of it here; in the tables, on the same text.",
+        "The loss is that of the first batches of the validation split (`trainer.limit_val_batches`) in windows of the "
+        "trained length. Runs of different lengths are measured on other parts of it here; in the tables, on the same "
+        "text.",
         "![loss against training FLOPs](flops.png)",
         "## Loss against the length of the prompt",
         _prompt_table(main),

@@ -92,7 +92,7 @@ class AnswersSource(Source):
         """Every attribute, in the order in which they were set; override it where one is no plain value."""
         return [type(self).__name__, vars(self)]
 
-    def count(self, split: Split) -> int:
+    def size(self, split: Split) -> int:
         """How many examples a split has."""
         return self._counts[split]
 

@@ -31,7 +31,7 @@ class Examples(Samples):
         self._seq_len = seq_len
 
     def __len__(self) -> int:
-        return self._source.count(self._split)
+        return self._source.size(self._split)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         text, answers = self._source.made(self._split, 0 if index == PADDING else index, self._seq_len)
