@@ -32,8 +32,8 @@ def write(folder: Path, results: Sequence[Result], lengths: Sequence[int], suffi
         _table(main, lengths, "test"),
         "A cell is the perplexity per byte on the test split, with each text cut into windows of that length; of three "
         "seeds the mean, ± their standard deviation. Where the length is beyond the trained one, the model reads it as "
-        "it is. The same with no token seeing further than the trained length (windows of it that move by half of it):",
-        _table(main, [n for n in lengths if n > min(lengths)], "blockwise"),
+        "it is.",
+        *_blockwise(main, lengths),
         "![perplexity by length](perplexity.png)",
         "## Loss against FLOPs",
         "The loss is that of the first batches of the validation split (`trainer.limit_val_batches`) in windows of the "
@@ -86,6 +86,14 @@ def _table(rows: Mapping[str, Sequence[Result]], lengths: Sequence[int], kind: s
             flops = f"{found[0]['flops']:.2e}" if found[0]["flops"] else "-"
             lines.append([row, f"{found[0]['trained_length']:,}", str(len(found)), flops, *map(_spread, values)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _blockwise(rows: Mapping[str, Sequence[Result]], lengths: Sequence[int]) -> list[str]:
+    """What models do at lengths beyond their own without seeing that far; nothing where no model is tested there."""
+    if not any(x["blockwise"] for found in rows.values() for x in found):
+        return []
+    told = "The same with no token seeing further than the trained length (windows of it that move by half of it):"
+    return [told, _table(rows, [n for n in lengths if n > min(lengths)], "blockwise")]
 
 
 def _spread(losses: Sequence[float]) -> str:
