@@ -1,4 +1,4 @@
-"""Recipes: which layer wins, what is read from YAML, what comes back from a file, and that the shipped ones work."""
+"""Recipes: which layer wins, what is read from YAML, and what comes back from a file."""
 
 from __future__ import annotations
 
@@ -9,112 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from longnet_kit import model, recipe, recipe_files, recipe_schema, shipped
-from longnet_kit.recipe import Recipe, RecipeError
-
-SHIPPED = shipped.names()
-PAPER = [name for name in SHIPPED if name.startswith("paper/")]
-SMALLEST = "name: x\ntrainer: {max_steps: 5}\n"
-
-
-def write(folder: Path, text: str, name: str = "r.yaml") -> Path:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def load_text(folder: Path, text: str, *overrides: str) -> Recipe:
-    return recipe.load(write(folder, text), overrides)
-
-
-def refusal(path: Path | str, *overrides: str) -> str:
-    with pytest.raises(RecipeError) as caught:
-        recipe.load(path, overrides)
-    return str(caught.value)
-
-
-# --- the shipped ones
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_recipe_loads_and_says_what_it_is(name: str) -> None:
-    r = recipe.load(name)
-    assert r.description
-    assert "\n" not in r.description
-    assert len(r.description) <= 100
-    assert not r.notes
-    assert recipe.load(shipped.find(name)) == r
-    own = yaml.safe_load(shipped.find(name).read_text())
-    assert {"name", "description"} <= own.keys(), "a run or a line in the list would be taken for another recipe's"
-
-
-def test_no_two_shipped_recipes_share_a_run_directory() -> None:
-    names = [recipe.load(name).name for name in SHIPPED]
-    assert len(set(names)) == len(names)
-
-
-def test_the_quickstart_is_the_one_of_the_design() -> None:
-    r = recipe.load("quickstart")
-    assert r.model == recipe.Model(
-        dim=128,
-        layers=4,
-        heads=4,
-        ffn_dim=512,
-        dropout=0.0,
-        positions="rope",
-        causal=True,
-        attention={
-            "backend": "dilated",
-            "segment_lengths": [256, 512, 1024],
-            "dilation_rates": [1, 2, 4],
-            "head_offsets": "interleaved",
-            "overlap": "multiset",
-            "mixing": "denominators",
-        },
-    )
-    assert (r.data.source, r.data.tokenizer, r.data.seq_len, r.data.batch_size) == ("python_stdlib", "bytes", 1024, 8)
-    assert (r.optimizer.lr, r.optimizer.betas, r.optimizer.weight_decay) == (3e-3, (0.9, 0.98), 0.01)
-    assert (r.trainer["max_steps"], r.trainer["devices"], r.trainer["precision"]) == (250, 1, "32-true")
-    assert r.checkpoint == recipe.Checkpoint(every_n_steps=500, keep=3)
-    assert r.strategy == recipe.Strategy(name="auto", sequence_parallel_size=1)
-
-
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("backends/")])
-def test_the_backends_run_the_quickstart_and_differ_in_the_attention_alone(name: str) -> None:
-    r, quickstart = recipe.load(name), recipe.load("quickstart")
-    assert r.model.attention["backend"] == name.removeprefix("backends/")
-    same = dataclasses.replace(r.model, attention=quickstart.model.attention)
-    assert dataclasses.replace(r, name=quickstart.name, description=quickstart.description, model=same) == quickstart
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_the_papers_models_have_its_size_and_batch(name: str) -> None:
-    r = recipe.load(name)
-    batch = r.data.batch_size * r.trainer["devices"] * r.trainer["accumulate_grad_batches"]
-    assert batch * r.data.seq_len == 2**19, "0.5M tokens in an optimizer step"
-    assert name.endswith(f"_{r.data.seq_len // 1024}k")
-    with torch.device("meta"):
-        network = model.build(r.model, 100_277, r.data.seq_len, dtype=torch.bfloat16)
-    assert next(network.parameters()).is_meta
-    body = sum(p.numel() for p in network.parameters()) - 100_277 * 768
-    # Four matrices of the attention and two of the feed-forward per layer; the rest are biases and layer norms.
-    assert 12 * (4 * 768**2 + 2 * 768 * 3072) < body < 1.01 * 12 * (4 * 768**2 + 2 * 768 * 3072)
-
-
-def test_the_papers_recipes_cover_what_it_compares() -> None:
-    trained = {"transformer": [2], "sparse": [8, 16, 32], "longnet": [8, 16, 32]}
-    assert set(PAPER) == {f"paper/{kind}_{k}k" for kind, lengths in trained.items() for k in lengths}
-    backends = {"transformer": "sdpa", "sparse": "xformers", "longnet": "dilated"}
-    for name in PAPER:
-        kind = name.removeprefix("paper/").partition("_")[0]
-        assert recipe.load(name).model.attention["backend"] == backends[kind]
-
+from longnet_kit import recipe, recipe_files, recipe_schema
+from longnet_kit.recipe import Recipe
+from tests.recipes import SMALLEST, load_text, refusal, write
 
 # --- which layer wins
 
@@ -450,108 +351,6 @@ def test_no_file_whatever_breaks_the_reader(tmp_path: Path, content: bytes) -> N
 @given(st.text("abm.=[]{}\"'$*&! 01-", max_size=20))
 def test_no_override_whatever_breaks_the_reader(item: str) -> None:
     refusal("quickstart", item, "seed=-1")
-
-
-# --- plug-ins
-
-
-PLUGIN = """
-from longnet_kit import attention
-
-@attention.register({name!r})
-class Mine(attention.AttentionBackend):
-    def __init__(self, size: int = 3) -> None:
-        super().__init__()
-"""
-
-
-@pytest.fixture
-def keep_sys_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-
-@pytest.mark.usefixtures("keep_sys_path")
-def test_imports_are_found_beside_the_recipe_and_again_from_its_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path, PLUGIN.format(name="beside"), "lab/plugin_beside.py")
-    monkeypatch.chdir(tmp_path)
-    text = SMALLEST + "imports: [plugin_beside]\nmodel: {attention: {backend: beside}}\n"
-    r = recipe.load(write(tmp_path, text, "lab/r.yaml"))
-    assert r.model.attention == {"backend": "beside", "size": 3}
-    saved = tmp_path / "runs" / "x" / "recipe.yaml"
-    saved.parent.mkdir(parents=True)
-    recipe.save(r, saved)
-    program = "from longnet_kit import recipe; print(recipe.load('runs/x/recipe.yaml').model.attention)"
-    environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "PATH": ""}
-    ended = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert ended.stdout.strip() == "{'backend': 'beside', 'size': 3}", ended.stderr
-
-
-@pytest.mark.usefixtures("keep_sys_path")
-def test_imports_are_found_in_the_working_directory_then_on_the_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for place in ("recipes", "here", "path"):
-        write(tmp_path, PLUGIN.format(name=f"{place}_of_three"), f"{place}/plugin_everywhere.py")
-        write(tmp_path, PLUGIN.format(name=f"{place}_of_two"), f"{place}/plugin_{place}.py")
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.syspath_prepend(tmp_path / "path")
-    text = SMALLEST + "imports: [plugin_everywhere, plugin_here, plugin_path]\nmodel: {attention: {backend: %s}}\n"
-    r = recipe.load(write(tmp_path, text % "recipes_of_three", "recipes/r.yaml"))
-    assert r.imports == [f"{tmp_path / 'recipes'}/plugin_everywhere", "plugin_here", "plugin_path"]
-    assert "path_of_two" in refusal(tmp_path / "recipes" / "r.yaml", "model.attention.backend=nothing_like_it_at_all")
-
-
-@pytest.mark.usefixtures("keep_sys_path")
-def test_imports_of_an_extended_recipe_are_found_beside_it(tmp_path: Path) -> None:
-    write(tmp_path, PLUGIN.format(name="low_down"), "low/plugin_low_down.py")
-    write(tmp_path, SMALLEST + "imports: [plugin_low_down]\n", "low/low.yaml")
-    path = write(tmp_path, "extends: low/low.yaml\nmodel: {attention: {backend: low_down}}\n")
-    assert recipe.load(path).model.attention["backend"] == "low_down"
-
-
-@pytest.mark.usefixtures("keep_sys_path")
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        ("x = 1\nraise RuntimeError('out of\\ntune')", ":2: tune"),
-        ("x = 1\n1 / 0", ":2: ZeroDivisionError: division by zero"),
-        ("def broken(:", "SyntaxError"),
-        ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
-        ("raise SystemExit(3)", ":1: SystemExit: 3"),
-        (PLUGIN.format(name="sdpa"), "attention backend 'sdpa' is already registered"),
-    ],
-)
-def test_a_plugin_that_fails_is_told_with_its_line(tmp_path: Path, code: str, expected: str) -> None:
-    module = f"plugin_fails_{abs(hash(code))}"
-    plugin = write(tmp_path, code, f"{module}.py")
-    told = refusal(write(tmp_path, SMALLEST + f"imports:\n  - {module}\n"))
-    assert f"imports[0] ({tmp_path / 'r.yaml'}:4): importing {module!r} failed: {plugin}:" in told
-    assert expected in told
-
-
-def test_a_missing_plugin_is_told_with_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path, SMALLEST + "imports: [nowhere_to_be_found]\n", "lab/r.yaml")
-    monkeypatch.chdir(tmp_path)
-    told = refusal(path)
-    assert "'nowhere_to_be_found'" in told
-    assert f"{tmp_path / 'lab'}, {tmp_path}, nor on sys.path" in told
-    assert "write window" in refusal(path, "imports=[window.py]")
-
-
-@pytest.mark.usefixtures("keep_sys_path")
-def test_two_plugins_of_one_name_are_not_mixed_up(tmp_path: Path) -> None:
-    for place in ("one", "two"):
-        write(tmp_path, PLUGIN.format(name=f"twin_{place}"), f"{place}/plugin_twin.py")
-        write(tmp_path, SMALLEST + "imports: [plugin_twin]\n", f"{place}/r.yaml")
-    recipe.load(tmp_path / "one" / "r.yaml")
-    recipe.load(tmp_path / "one" / "r.yaml")
-    told = refusal(tmp_path / "two" / "r.yaml")
-    assert str(tmp_path / "one" / "plugin_twin.py") in told
-    assert str(tmp_path / "two" / "plugin_twin.py") in told
 
 
 def test_importing_the_module_is_light() -> None:
