@@ -115,6 +115,7 @@ def test_what_is_measured_is_what_the_test_split_gives(study: Any, monkeypatch: 
         assert math.exp(result["test"][str(length)]) == pytest.approx(tested[f"test/perplexity@{length}"], rel=1e-5)
 
 
+@torch.inference_mode()
 def test_blockwise_no_token_sees_further_than_the_trained_length(study: Any) -> None:
     network = Transformer(19, dim=8, layers=2, heads=2, ffn_dim=8, seq_len=8, attention={"backend": "sdpa"})
     text = torch.randint(19, (2, 1, 32))
