@@ -18,11 +18,11 @@ from longnet_kit.inference.sampling import Sampling
 from longnet_kit.inference.score import Score
 from longnet_kit.recipe import Recipe
 from longnet_kit.report import compare, pattern
+from tests.recipes import SMALLEST
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 COMMAND = [sys.executable, "-m", "longnet_kit.cli"]
-SMALLEST = "name: x\ntrainer: {max_steps: 5}\n"
 
 
 @pytest.fixture

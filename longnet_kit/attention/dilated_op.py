@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef  # pyright: ignore[reportPrivateImportUsage]
+from torch.library import CustomOpDef  # pyright: ignore[reportPrivateImportUsage] what custom_op gives, not in __all__
 from torch.utils.flop_counter import register_flop_formula
 
 from longnet_kit.attention import patterns

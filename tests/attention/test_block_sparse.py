@@ -395,7 +395,6 @@ def test_the_route_that_passed_is_the_one_that_runs(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_cuda_gives_what_the_cpu_gives(dtype: torch.dtype) -> None:
     pattern = BlockSparse("fixed", 16, 2, 1)
