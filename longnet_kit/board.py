@@ -10,6 +10,9 @@ from pathlib import Path
 
 from longnet_kit import runs
 
+LOOKING = 0.5
+"""Seconds between looks for a Ctrl-C: one that another thread took in the kernel does not end a wait of this one."""
+
 
 def serve(directory: Path, host: str = "localhost", port: int | None = None) -> None:
     """Start TensorBoard, print its address, and stay until interrupted.
@@ -26,7 +29,8 @@ def serve(directory: Path, host: str = "localhost", port: int | None = None) -> 
     runs_found = f"{found} run{'' if found == 1 else 's'}"
     try:
         print(f"TensorBoard on {directory}, {runs_found}: {address}  (Ctrl-C ends it)", flush=True)
-        threading.Event().wait()
+        while not threading.Event().wait(LOOKING):
+            pass
     except KeyboardInterrupt:
         print()
 

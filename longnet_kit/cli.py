@@ -22,24 +22,32 @@ DONE, FAULT, USER_ERROR, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 def command() -> NoReturn:
     """Run the command as a process of its own."""
     code = main()
-    if "torch.distributed" in sys.modules:
-        _end_rank(code)
+    if _has_foreign_threads():
+        _end_at_once(code)
     sys.exit(code)
 
 
-def _end_rank(code: int) -> None:
-    """End one process of several before the interpreter does.
+def _has_foreign_threads() -> bool:
+    """Whether threads of C++ may still need the interpreter when its work is done.
 
-    A thread of gloo's may still have to let go of its last tensor, for which it needs the interpreter; where that is
-    ending, the thread aborts the process, after all its work is done.
+    One of gloo's may have to let go of its last tensor; where the interpreter is ending, it aborts the process. Those
+    of gRPC, through which TensorBoard reads its runs, may be waited for without end.
     """
+    if "tensorboard.program" in sys.modules:
+        return True
+    if "torch.distributed" not in sys.modules:
+        return False
     from torch import distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    return dist.is_available() and dist.is_initialized()
+
+
+def _end_at_once(code: int) -> None:
+    """End the process without taking the interpreter apart."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

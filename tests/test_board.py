@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -48,9 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
-    """TensorBoard as `longnet board` starts it."""
+def served(folder: Path) -> tuple[subprocess.Popen[str], str]:
+    """TensorBoard as `longnet board` starts it, and its address."""
     command = [sys.executable, "-m", "longnet_kit.cli", "board", "--port", "0"]
     process = subprocess.Popen(
         command, cwd=folder, env=desk.environment(), text=True, stdout=subprocess.PIPE,
@@ -59,7 +59,12 @@ def address(folder: Path) -> Iterator[str]:
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line.startswith("TensorBoard on runs, 2 runs: http://localhost:") and line.endswith("(Ctrl-C ends it)\n")
-    url = line.split()[5]
+    return process, line.split()[5]
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    process, url = served(folder)
     yield url
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 0  # on a busy machine
@@ -261,3 +266,16 @@ def test_a_port_that_is_taken_is_told(folder: Path, address: str) -> None:
     port = urllib.parse.urlparse(address).port
     with pytest.raises(ValueError, match=f"does not start on localhost, port {port}"):
         board.start(folder / "runs", port=port)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "tgkill"), reason="the C library has no tgkill")
+def test_a_signal_that_another_thread_takes_ends_it(folder: Path) -> None:
+    process, url = served(folder)
+    get(url, "plugin/scalars/tags")
+    others = [int(thread.name) for thread in Path(f"/proc/{process.pid}/task").iterdir()]
+    others.remove(process.pid)
+    try:
+        assert ctypes.CDLL(None).tgkill(process.pid, others[0], signal.SIGINT) == 0
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
