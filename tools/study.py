@@ -1,6 +1,6 @@
 """The paper's study in small: train recipes/study, test every run at each length, write the table and the plots.
 
-    python tools/study.py                      everything: hours, on one core
+    python tools/study.py                      everything: about four and a half hours, on one core
     python tools/study.py --rows longnet_8k    some rows; several such commands may run at once
     python tools/study.py --report             only test and write what is trained by now
 

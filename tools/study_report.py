@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 Result = Mapping[str, Any]
 
@@ -34,7 +35,7 @@ def write(folder: Path, results: Sequence[Result], lengths: Sequence[int], suffi
         "seeds the mean, ± their standard deviation. Where the length is beyond the trained one, the model reads it as "
         "it is.",
         *_blockwise(main, lengths),
-        "![perplexity by length](perplexity.png)",
+        "![perplexity by length; bars are one standard deviation of the seeds](perplexity.png)",
         "## Loss against FLOPs",
         "The loss is that of the first batches of the validation split (`trainer.limit_val_batches`) in windows of the "
         "trained length. Runs of different lengths are measured on other parts of it here; in the tables, on the same "
@@ -127,10 +128,13 @@ def _perplexities(rows: Mapping[str, Sequence[Result]], lengths: Sequence[int]) 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    for scale in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        scale(ScalarFormatter())
     for (row, found), style in zip(rows.items(), _styles(rows), strict=True):
-        means = [statistics.mean(math.exp(x["test"][str(n)]) for x in found) for n in lengths]
-        axes.plot(lengths, means, label=row, **style)
-    axes.legend(fontsize="small")
+        of_seeds = [[math.exp(x["test"][str(n)]) for x in found] for n in lengths]
+        spreads = [statistics.stdev(values) for values in of_seeds] if len(found) > 1 else None
+        axes.errorbar(lengths, list(map(statistics.mean, of_seeds)), spreads, label=row, capsize=3, **style)
+    _explain(figure, axes)
     return figure
 
 
@@ -142,7 +146,7 @@ def _against_flops(rows: Mapping[str, Sequence[Result]]) -> Figure:
             continue  # its backend cannot count them
         curves = np.array([x["curve"] for x in found])  # (seeds, points, 2)
         axes.plot(*curves.mean(0).T, label=row, **style)
-    axes.legend(fontsize="small")
+    _explain(figure, axes)
     return figure
 
 
@@ -154,8 +158,12 @@ def _against_prompt(rows: Mapping[str, Sequence[Result]]) -> Figure:
         axes.plot(prompts, [statistics.mean(x["prompt"][str(p)] for x in found) for p in prompts], label=row, **style)
     ticks = sorted({int(p) for found in rows.values() for p in found[0]["prompt"]})
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    axes.legend(fontsize="small")
+    _explain(figure, axes)
     return figure
+
+
+def _explain(figure: Figure, axes: Axes) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small", frameon=False)
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:
