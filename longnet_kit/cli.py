@@ -44,10 +44,12 @@ def _has_foreign_threads() -> bool:
 
 def _end_at_once(code: int) -> None:
     """End the process without taking the interpreter apart."""
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

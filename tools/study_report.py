@@ -140,7 +140,6 @@ def _perplexities(rows: Mapping[str, Sequence[Result]], lengths: Sequence[int]) 
 
 def _against_flops(rows: Mapping[str, Sequence[Result]]) -> Figure:
     figure, axes = _axes("training FLOPs", "validation loss (nats per byte), at the trained length")
-    axes.set_xscale("log")
     for (row, found), style in zip(rows.items(), _styles(rows), strict=True):
         if not found[0]["flops"]:
             continue  # its backend cannot count them
