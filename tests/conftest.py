@@ -12,6 +12,12 @@ from hypothesis import HealthCheck, settings
 # Before torch is imported, and inherited by the processes that tests start. The workers of one machine share its cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Read where triton is imported: without a GPU its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same examples in every run. `--hypothesis-profile random` looks for new ones, `deep` for many.
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
@@ -38,8 +44,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    import torch
-
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -55,7 +55,7 @@ def curve(run: Path, tag: str) -> dict[int, float]:
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(runs.checkpoint(run), weights_only=True)["state_dict"]
+    return torch.load(runs.checkpoint(run), map_location="cpu", weights_only=True)["state_dict"]
 
 
 def test_a_run_leaves_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,10 +305,10 @@ def test_a_profile_of_some_steps_lands_in_the_run_directory(
     traces = list(run.glob("*trace*"))
     assert [trace.name for trace in traces] == ["trace.json.gz"] * bool(traced)
     if not traced:
-        assert "no trace: the run did 2 steps" in str(recwarn.pop(UserWarning).message)
+        assert any("no trace: the run did 2 steps" in str(warning.message) for warning in recwarn)
     else:
         events = json.loads(gzip.decompress(traces[0].read_bytes()))["traceEvents"]
-        names = [event.get("name", "") for event in events]
+        names = [event.get("name", "") for event in events if event.get("cat") in ("cpu_op", "user_annotation")]
         assert names.count("longnet_kit::dilated_backward") == 2 * traced  # two layers
         assert sum(name.startswith("Optimizer.step") for name in names) == traced
     assert set(curve(run, "train/loss")) == set(range(2, max_steps + 1, 2))

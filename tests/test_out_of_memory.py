@@ -33,6 +33,12 @@ def load(*overrides: str, name: str = "quickstart") -> Recipe:
     return recipe.load(name, ["model.layers=1", *overrides])
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine has."""
+    monkeypatch.setattr(placement, "on_accelerator", lambda r: False)
+
+
 @pytest.fixture
 def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:

@@ -25,7 +25,7 @@ def rates(device: torch.device, dtype: torch.dtype, given: Any) -> list[dict[str
     shape = 1, given.heads, given.length, given.head_dim
     q, k, v, grad = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
     scale, rows = given.head_dim**-0.5, []
-    for name, route in _runnable(device, dtype, given.head_dim).items():
+    for name, route in _runnable(device, dtype, given.head_dim, given.length).items():
         out, lse = route.forward(q, k, v, True, scale)
         cases = {
             "forward": lambda route=route: route.forward(q, k, v, True, scale),
@@ -45,12 +45,12 @@ def rates(device: torch.device, dtype: torch.dtype, given: Any) -> list[dict[str
     return sorted(rows, key=lambda row: -row["both TFLOP/s"])
 
 
-def _runnable(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, flash.Route]:
+def _runnable(device: torch.device, dtype: torch.dtype, head_dim: int, length: int) -> dict[str, flash.Route]:
     if device.type != "cuda":
         return {"cpu": flash.CPU, "math": flash.MATH}
     has_fa3 = routes.use_flash_attention_3(device)  # then it is what the flash ops run
     major = torch.cuda.get_device_capability(device)[0]
-    names = [name for name in flash.CUDA if routes.runs(name, major, dtype, head_dim)]
+    names = [name for name in flash.CUDA if routes.runs(name, major, dtype, head_dim, length, length)]
     return {name: flash.CUDA[name] for name in names if not (name == "flash" and has_fa3)}
 
 

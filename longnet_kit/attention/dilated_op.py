@@ -1,5 +1,7 @@
 """LongNet's dilated attention (arXiv 2307.02486) as an operation: a kernel per strided view, merged into one softmax.
 
+On CUDA, where segments cut the sequence evenly, `longnet_kit.attention.dilated_compact` does it, a kernel per branch.
+
 Forward: the kernel gives (out, lse) of each branch's view; they are mixed into the running ones by their softmax
 denominators (eq. 9-10). Backward: the kernel's backward, given the mixed out and lse in place of the branch's own,
 gives gradients that add up to those of the one softmax over the multiset of all branches' keys, mixing weights
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.library import CustomOpDef  # pyright: ignore[reportPrivateImportUsage] what custom_op gives, not in __all__
 from torch.utils.flop_counter import register_flop_formula
 
-from longnet_kit.attention import patterns
+from longnet_kit.attention import dilated_compact, patterns
 from longnet_kit.attention.mixture import Gradients, Mixture, exact, unit_stride
 from longnet_kit.attention.views import View, branch_views
 
@@ -44,6 +46,9 @@ def dilated(
         (float64 for float64).
     """
     q, k, v = (unit_stride(x) for x in (q, k, v))
+    if dilated_compact.takes(q, segment_lengths, dilation_rates, causal):
+        rule = segment_lengths, dilation_rates, head_offsets, first_head, total_heads
+        return dilated_compact.forward(q, k, v, *rule, causal, scale)  # type: ignore[arg-type]
     mixture = Mixture(q, covered=1 in dilation_rates)
     for views in _dense_first(q, segment_lengths, dilation_rates, head_offsets, first_head, total_heads):
         mixture.attend(views, q, k, v, causal, scale)
@@ -68,6 +73,9 @@ def dilated_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, (B, N, H, D) each, from the saved tensors of `dilated`."""
     q, k, v, grad_out = (unit_stride(x) for x in (q, k, v, grad_out))
+    if dilated_compact.takes(q, segment_lengths, dilation_rates, causal):
+        rule = segment_lengths, dilation_rates, head_offsets, first_head, total_heads
+        return dilated_compact.backward(grad_out, q, k, v, out, lse, *rule, causal, scale)  # type: ignore[arg-type]
     grads = Gradients(q, covered=1 in dilation_rates)
     for views in _dense_first(q, segment_lengths, dilation_rates, head_offsets, first_head, total_heads):
         grads.add(views, grad_out, q, k, v, out, lse, causal, scale)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -36,16 +37,17 @@ class Route(NamedTuple):
     backward: Backward
 
 
-def route(device: torch.device, dtype: torch.dtype, head_dim: int) -> Route:
-    """The kernel that runs on this device for this dtype and head dimension.
+def route(q: Tensor, k: Tensor) -> Route:
+    """The kernel that runs on the device of queries (B, H, n, D) and keys (B, H, m, D), for their dtype and shapes.
 
     CPU: torch's flash kernel. CUDA: the fastest that takes them, by the table of `longnet_kit.attention.routes`.
     Everything else takes plain matrix products.
     """
-    if device.type == "cpu":
+    if q.device.type == "cpu":
         return CPU
-    if device.type == "cuda":
-        return CUDA[routes.fastest(torch.cuda.get_device_capability(device)[0], dtype, head_dim)]
+    if q.device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(q.device)
+        return CUDA[routes.fastest(major, q.dtype, q.shape[-1], q.shape[2], k.shape[2])]
     return MATH
 
 
@@ -61,7 +63,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
     Returns:
         out: (B, H, n, D), of q's dtype; lse: (B, H, n).
     """
-    kernel = route(q.device, q.dtype, q.shape[-1])
+    kernel = route(q, k)
     parts = [kernel.forward(q[s], k[s], v[s], causal, scale) for s in _batches(q, k)]
     if len(parts) == 1:
         return parts[0]
@@ -81,7 +83,7 @@ def backward(
     Returns:
         Gradients of q, k and v, shaped as they are, of q's dtype.
     """
-    kernel = route(q.device, q.dtype, q.shape[-1])
+    kernel = route(q, k)
     lse = lse.contiguous()  # kernels read it as a raw pointer
     parts = [kernel.backward(grad_out[s], q[s], k[s], v[s], out[s], lse[s], causal, scale) for s in _batches(q, k)]
     if len(parts) == 1:
@@ -120,7 +122,8 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, m = q.shape[2], k.shape[2]
     op = aten._scaled_dot_product_flash_attention_backward
-    return op(grad_out, q, k, v, out, lse, None, None, n, m, 0.0, causal, _no_dropout(q), _no_dropout(q), scale=scale)
+    seed = _no_dropout(q.device)
+    return op(grad_out, q, k, v, out, lse, None, None, n, m, 0.0, causal, seed, seed, scale=scale)
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -135,7 +138,7 @@ def _cudnn_backward(
     # A graph is built per shape and strides: one fixed layout keeps them few.
     out, grad_out = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (out, grad_out))
     op = aten._scaled_dot_product_cudnn_attention_backward
-    seed = _no_dropout(q)
+    seed = _no_dropout(q.device)
     lse = lse.unsqueeze(-1)
     return op(grad_out, q, k, v, out, lse, seed, seed, None, None, None, n, m, 0.0, causal, scale=scale)
 
@@ -153,15 +156,16 @@ def _efficient_backward(
     rounded = lse.new_full((*lse.shape[:2], -(-n // 32) * 32), math.inf)
     rounded[..., :n] = lse
     op = aten._scaled_dot_product_efficient_attention_backward
-    seed = _no_dropout(q)
+    seed = _no_dropout(q.device)
     needed = [True, True, True, False]
     dq, dk, dv, _ = op(grad_out, q, k, v, None, out, rounded, seed, seed, 0.0, needed, causal, scale=scale)
     return dq, dk, dv
 
 
-def _no_dropout(q: Tensor) -> Tensor:
-    """What stands for the random state where nothing is dropped."""
-    return torch.zeros((), dtype=torch.int64, device=q.device)
+@cache
+def _no_dropout(device: torch.device) -> Tensor:
+    """What stands for the random state where nothing is dropped; made once, since that is a launch."""
+    return torch.zeros((), dtype=torch.int64, device=device)
 
 
 def _math_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -18,32 +18,38 @@ import torch
 
 TABLE = Path(__file__).with_name("cuda_routes.json")
 HALF = (torch.float16, torch.bfloat16)
+CUDNN_LENGTHS = 128
+"""Numbers of queries and keys that cuDNN is given are multiples of it. It builds a graph for each shape, which takes a
+tenth of a second and more (an H200): no good for what a stream asks for, whose shapes are new at every token."""
 
 _FA3 = "flash_attn_interface"  # the module that FlashAttention-3 installs
 
 log = logging.getLogger(__name__)
 
 
-def fastest(major: int, dtype: torch.dtype, head_dim: int) -> str:
+def fastest(major: int, dtype: torch.dtype, head_dim: int, n: int, m: int) -> str:
     """The name of the first kernel in the table's order that runs.
 
     Args:
         major: of the GPU's compute capability: 8 for Ampere and Ada, 9 for Hopper.
         dtype: of q, k and v.
         head_dim: D.
+        n: queries.
+        m: keys.
     """
-    known = orders(load())
+    known = _known()
     order = known.get((major, kind(dtype))) or known.get((None, kind(dtype)), [])
-    return next((name for name in order if runs(name, major, dtype, head_dim)), "math")
+    return next((name for name in order if runs(name, major, dtype, head_dim, n, m)), "math")
 
 
-def runs(name: str, major: int, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether a kernel takes such inputs on such a GPU."""
+def runs(name: str, major: int, dtype: torch.dtype, head_dim: int, n: int, m: int) -> bool:
+    """Whether a kernel takes such inputs on such a GPU, and is of use for them."""
     if name == "fa3":  # torch's flash kernel, once FlashAttention-3 has taken its place
-        return _active_flash() == "FA3" and major == 9 and runs("flash", major, dtype, head_dim)
+        return _active_flash() == "FA3" and major == 9 and runs("flash", major, dtype, head_dim, n, m)
     if name == "cudnn":
-        available = torch.backends.cudnn.is_available()
-        return dtype in HALF and head_dim % 8 == 0 and head_dim <= 128 and major >= 8 and available
+        if n % CUDNN_LENGTHS or m % CUDNN_LENGTHS or not torch.backends.cudnn.is_available():
+            return False
+        return dtype in HALF and head_dim % 8 == 0 and head_dim <= 128 and major >= 8
     if name == "flash":
         foreign = _active_flash() == "FA3" and major != 9  # it is the process's flash kernel then, and a Hopper's alone
         return dtype in HALF and head_dim % 8 == 0 and head_dim <= 256 and major >= 8 and not foreign
@@ -63,6 +69,11 @@ def kind(dtype: torch.dtype) -> str:
 def load() -> Mapping[str, Any]:
     """The table as it is in its file."""
     return json.loads(TABLE.read_text())
+
+
+@cache
+def _known() -> dict[tuple[int | None, str], list[str]]:
+    return orders(load())
 
 
 def orders(table: Mapping[str, Any]) -> dict[tuple[int | None, str], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -121,7 +122,10 @@ def flops_per_token(module: LightningModule) -> float | None:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs per second that one device could do: the vendor's figure where Lightning knows it, else measured."""
-    return (get_available_flops(device, dtype) if device.type == "cuda" else None) or measured_flops(device, dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FLOPs not found for")
+        known = get_available_flops(device, dtype) if device.type == "cuda" else None
+    return known or measured_flops(device, dtype)
 
 
 def measured_flops(

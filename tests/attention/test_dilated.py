@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_kit import attention
@@ -161,6 +162,7 @@ def test_the_math_route_and_chunked_launches_serve_the_backend(monkeypatch: pyte
     ("dtype", "head_dim", "capability", "name"),
     [
         (torch.bfloat16, 64, (9, 0), "cudnn"),
+        (torch.bfloat16, 128, (9, 0), "cudnn"),
         (torch.bfloat16, 192, (9, 0), "flash"),
         (torch.float16, 64, (8, 0), "flash"),
         (torch.float16, 64, (10, 0), "flash"),
@@ -178,7 +180,16 @@ def test_cuda_takes_the_kernel_that_runs(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    assert flash.route(torch.device("cuda"), dtype, head_dim).name == name
+    assert flash.route(on_cuda(256, dtype, head_dim), on_cuda(128, dtype, head_dim)).name == name
+    for n, m in ((1, 128), (128, 2731)):
+        other = "flash" if name == "cudnn" else name
+        assert flash.route(on_cuda(n, dtype, head_dim), on_cuda(m, dtype, head_dim)).name == other
+
+
+def on_cuda(tokens: int, dtype: torch.dtype, head_dim: int) -> torch.Tensor:
+    """Without data."""
+    with FakeTensorMode():
+        return torch.empty(1, 1, tokens, head_dim, dtype=dtype, device="cuda")
 
 
 @pytest.mark.parametrize("op", ["flash", "cudnn", "efficient"])
@@ -270,8 +281,9 @@ def test_flops_are_counted_per_visible_pair() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("padded", [False, True])
-def test_cuda_gives_what_the_cpu_gives(dtype: torch.dtype, padded: bool) -> None:
-    backend = attention.build({"backend": "dilated", "segment_lengths": [64, 200], "dilation_rates": [1, 3]})
+@pytest.mark.parametrize("lengths", [[64, 200], [90, 225], [150, 450]])
+def test_cuda_gives_what_the_cpu_gives(dtype: torch.dtype, padded: bool, lengths: list[int]) -> None:
+    backend = attention.build({"backend": "dilated", "segment_lengths": lengths, "dilation_rates": [1, 4]})
     mask = torch.arange(450).expand(2, 450) < torch.tensor([[450], [300]]) if padded else None
     qkv = torch.randn(2, 450, 3, 4, 64, dtype=torch.float64)
     results = []
