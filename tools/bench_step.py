@@ -23,6 +23,7 @@ import measure
 import torch
 from lightning import Callback
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from longnet_kit import experiment, fitting, recipe
@@ -114,6 +115,8 @@ def shares(loop: BareLoop, device: torch.device) -> Counter[str]:
         loop.step()
     spent: Counter[str] = Counter()
     for event in profiler.events():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel, whose time its operation has too
         own = getattr(event, f"self_{clock}_time_total") / 1e6
         above, names = event, []
         while above is not None:

@@ -19,6 +19,10 @@ class NotEnoughMemory(MemoryError, ValueError):
     """The score matrix does not fit into the memory that is free."""
 
 
+class NotEnoughGpuMemory(torch.OutOfMemoryError, ValueError):
+    """The same of a GPU's memory."""
+
+
 @register("naive")
 class Naive(AttentionBackend):
     """softmax(q k^T / sqrt(D) + log m) v, with m the pattern's multiplicity. Memory grows with N squared.
@@ -87,15 +91,18 @@ class Naive(AttentionBackend):
         """Raise where the score matrix does not fit, rather than have the system end the process."""
         batch, seq_len, heads, _ = q.shape
         needed = self.memory(batch, seq_len, heads, q.dtype, total_heads)
-        if q.device.type == "cuda":
+        on_gpu, where = q.device.type == "cuda", str(q.device)
+        if on_gpu:
             unused = torch.cuda.memory_reserved(q.device) - torch.cuda.memory_allocated(q.device)
-            free = torch.cuda.mem_get_info(q.device)[0] + unused
+            free, total = torch.cuda.mem_get_info(q.device)
+            free += unused
+            where = f"{where} (GPU {q.device.index} has a total capacity of {total / 2**30:.2f} GiB)"
         else:
             free = host_memory.free()
         if needed > free:
             longest = int(seq_len * math.sqrt(free / needed))
-            raise NotEnoughMemory(
+            raise (NotEnoughGpuMemory if on_gpu else NotEnoughMemory)(
                 f"unable to allocate {needed / 2**20:.0f} MiB, the scores of the naive backend for {batch} x "
-                f"{seq_len:,} tokens and {heads} heads: {free / 2**20:.0f} MiB of memory are free on {q.device}; use "
+                f"{seq_len:,} tokens and {heads} heads: {free / 2**20:.0f} MiB of memory are free on {where}; use "
                 f"the backend dilated or sdpa, whose memory grows with the length alone, or at most {longest:,} tokens"
             )

@@ -89,7 +89,12 @@ def test_it_is_the_patterns_softmax(causal: bool) -> None:
     exact = problem(2, 48, 4, 8, causal, torch.rand(2, 48) < 0.7)
     assert dilated_compact.takes(torch.zeros(2, 48, 4, 8), *options.values(), causal)
     backend = attention.build({"backend": "dilated", **options})
-    found = exact.outcome(lambda q, k, v, *rest: backend(q.float(), k.float(), v.float(), *rest).double())
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor) -> Tensor:
+        narrow = (x.to(DEVICE, torch.float32) for x in (q, k, v))
+        return backend(*narrow, causal, mask.to(DEVICE)).to(q)
+
+    found = exact.outcome(attend)
     expected = exact.outcome(lambda q, k, v, causal, mask: reference(backend.pattern, q, k, v, causal, mask))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

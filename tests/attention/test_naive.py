@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longnet_kit import attention, cli, host_memory
 from longnet_kit.plan.ledger import without_data
@@ -42,6 +43,23 @@ def test_what_does_not_fit_is_refused_with_what_it_takes_and_what_does(monkeypat
     assert longest and int(longest[1]) == 299
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_refusal_is_of_the_memory_that_lacks(monkeypatch: pytest.MonkeyPatch, error: type) -> None:
+    """A GPU's, of which nothing but its answers is needed here, or the machine's."""
+    on_gpu = error is torch.OutOfMemoryError
+    with FakeTensorMode():
+        q = torch.empty(1, 4000, 8, 8, device="cuda:1" if on_gpu else "cpu")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2**30))
+    monkeypatch.setattr(host_memory, "free", lambda: 1200.0)
+    backend = attention.build({"backend": "naive"})
+    with pytest.raises(error, match="4,000 tokens and 8 heads: 0 MiB") as told:
+        backend._check_memory(q, 8)
+    assert ("GPU 1 has a total capacity of 1.00 GiB" in str(told.value)) == on_gpu
+    assert isinstance(told.value, ValueError)
+
+
 def test_a_run_that_cannot_fit_ends_with_the_estimate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: object
 ) -> None:
@@ -50,7 +68,8 @@ def test_a_run_that_cannot_fit_ends_with_the_estimate(
     assert cli.main(["fit", "quickstart", "model.layers=1", *overrides, "trainer.max_steps=1"]) == 2
     told = capsys.readouterr().err
     needed = attention.build({"backend": "naive"}).memory(1, 200_000, 4, torch.float32)
-    assert f"out of memory in step 1 of 1: {needed / 1e12:.4g} TB more could not be had on the CPU" in told
+    device = "GPU 0" if torch.cuda.is_available() else "the CPU"
+    assert f"out of memory in step 1 of 1: {needed / 1e12:.4g} TB more could not be had on {device}" in told
     assert "what needs less:" in told and "Traceback" not in told
 
 
