@@ -124,7 +124,7 @@ def _rows(x: Tensor) -> Tensor:
 
 @triton.jit
 def _offset(head, R: tl.constexpr, TURN: tl.constexpr, RULE: tl.constexpr):
-    """o(h, r), see `patterns.head_offset`."""
+    """o(h, r), see `patterns.head_offset`; it is below r, so what it exceeds is no multiple of r away."""
     if RULE == "interleaved":
         offset = head % R
     elif RULE == "grouped":
@@ -178,7 +178,7 @@ def _mix(
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     for i in tl.static_range(len(WS)):
         ahead = token % WS[i] - _offset(first_head + head, RS[i], TURNS[i], RULE)
-        keeps = there & (ahead >= 0) & (ahead % RS[i] == 0)
+        keeps = there & (ahead % RS[i] == 0)
         segment = (batch * (tokens // WS[i]) + token // WS[i]).to(tl.int64)
         own = tl.load(lses[i] + (segment * HEADS + head) * KEPTS[i] + ahead // RS[i], mask=keeps, other=float("-inf"))
         largest = tl.maximum(largest, own)
@@ -186,7 +186,7 @@ def _mix(
     values = tl.zeros([ROWS, WIDTH], tl.float32)
     for i in tl.static_range(len(WS)):
         ahead = token % WS[i] - _offset(first_head + head, RS[i], TURNS[i], RULE)
-        keeps = there & (ahead >= 0) & (ahead % RS[i] == 0)
+        keeps = there & (ahead % RS[i] == 0)
         segment = (batch * (tokens // WS[i]) + token // WS[i]).to(tl.int64)
         own = tl.load(lses[i] + (segment * HEADS + head) * KEPTS[i] + ahead // RS[i], mask=keeps, other=float("-inf"))
         share = tl.where(keeps, tl.exp(own - largest), 0.0)
@@ -216,7 +216,7 @@ def _add_up(
     values = tl.zeros([ROWS, WIDTH], tl.float32)
     for i in tl.static_range(len(WS)):
         ahead = token % WS[i] - _offset(first_head + head, RS[i], TURNS[i], RULE)
-        keeps = (ahead >= 0) & (ahead % RS[i] == 0)
+        keeps = ahead % RS[i] == 0
         segment = (batch * (tokens // WS[i]) + token // WS[i]).to(tl.int64)
         begins = ((segment * KEPTS[i] + ahead // RS[i]) * HEADS + head) * D
         part = tl.load(parts[i] + begins[:, None] + column[None, :], mask=keeps[:, None] & within, other=0.0)

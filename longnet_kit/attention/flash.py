@@ -10,7 +10,7 @@ float32 (float64 for float64).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -67,7 +67,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
     parts = [kernel.forward(q[s], k[s], v[s], causal, scale) for s in _batches(q, k)]
     if len(parts) == 1:
         return parts[0]
-    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+    return _joined(out for out, _ in parts), torch.cat([lse for _, lse in parts])
 
 
 def backward(
@@ -88,8 +88,13 @@ def backward(
     parts = [kernel.backward(grad_out[s], q[s], k[s], v[s], out[s], lse[s], causal, scale) for s in _batches(q, k)]
     if len(parts) == 1:
         return parts[0]
-    dq, dk, dv = (torch.cat(grads) for grads in zip(*parts, strict=True))
+    dq, dk, dv = (_joined(grads) for grads in zip(*parts, strict=True))
     return dq, dk, dv
+
+
+def _joined(parts: Iterable[Tensor]) -> Tensor:
+    """Parts of a batch, (B, H, n, D) each, with heads side by side in memory, as most kernels lay them."""
+    return torch.cat([x.transpose(1, 2) for x in parts]).transpose(1, 2)
 
 
 def _batches(q: Tensor, k: Tensor) -> Iterator[slice]:

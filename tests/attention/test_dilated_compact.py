@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longnet_kit import attention
-from longnet_kit.attention import dilated, dilated_compact
+from longnet_kit.attention import dilated, dilated_compact, flash
 from longnet_kit.testing import reference
 from tests.attention.oracle import problem
 
 pytest.importorskip("triton", reason="needs triton, which comes with torch's CUDA builds and with the extra dev")
+
+from longnet_kit.attention import compact_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:no branch has dilation rate 1")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,6 +82,21 @@ def test_it_gives_what_views_give(drawn: tuple, batch: int, heads: tuple, head_d
     given_ = (x.to(DEVICE, torch.float32) for x in (exact.qkv, exact.grad_out))
     for one, other in zip(outcome(*given_, options, rule, causal), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_what_kernels_give_is_mixed_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the layout of the inputs, whether or not a batch is too large for one launch."""
+    own, given_ = flash._batches, []
+    monkeypatch.setattr(flash, "_batches", lambda q, k: (slice(i, i + 1) for i in range(len(q))))
+    monkeypatch.setattr(compact_kernels, "_rows", lambda x: given_.append(x) or x.transpose(1, 2).contiguous())
+    options = {"segment_lengths": [8, 24], "dilation_rates": [1, 2], "head_offsets": "interleaved"}
+    drawn = problem(2, 48, 4, 8)
+    for batches in (own, flash._batches):
+        monkeypatch.setattr(flash, "_batches", batches)
+        outcome(drawn.qkv.to(DEVICE, torch.float32), drawn.grad_out.to(DEVICE, torch.float32), options, (0, 4), True)
+    assert len(given_) == 2 * (2 + 2 * 3)
+    assert all(x.transpose(1, 2).is_contiguous() for x in given_)
 
 
 @pytest.mark.usefixtures("everywhere")
