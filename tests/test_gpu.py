@@ -27,6 +27,13 @@ def needs(gigabytes: int) -> None:
         pytest.skip(f"needs a device with {gigabytes} GB of memory; this one has {there:.0f}")
 
 
+@pytest.fixture(autouse=True)
+def peak_from_here() -> None:
+    """What a test says of memory is of itself."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
 def geometric(n: int) -> attention.AttentionBackend:
     """(2048, 1), (4096, 2), ... up to n."""
     rates = [2**i for i in range(n.bit_length()) if 2048 * 2**i <= n]

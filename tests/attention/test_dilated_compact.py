@@ -100,8 +100,12 @@ def test_what_kernels_give_is_mixed_without_a_copy(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("causal", [True, False])
-def test_it_is_the_patterns_softmax(causal: bool) -> None:
+@pytest.mark.parametrize(("causal", "rounded"), [(True, False), (True, True), (False, True)])
+def test_it_is_the_patterns_softmax(monkeypatch: pytest.MonkeyPatch, causal: bool, rounded: bool) -> None:
+    """Also where segments take more rows than they keep, to have lengths of which fast kernels run."""
+    if rounded:
+        monkeypatch.setattr(dilated_compact, "_ROUNDED_FROM", 1)
+        monkeypatch.setattr(dilated_compact, "_ROUND", 5)
     options = {"segment_lengths": [8, 24, 48], "dilation_rates": [1, 2, 3]}
     exact = problem(2, 48, 4, 8, causal, torch.rand(2, 48) < 0.7)
     assert dilated_compact.takes(torch.zeros(2, 48, 4, 8), *options.values(), causal)
