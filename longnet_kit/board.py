@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-import threading
+import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -29,8 +29,8 @@ def serve(directory: Path, host: str = "localhost", port: int | None = None) -> 
     runs_found = f"{found} run{'' if found == 1 else 's'}"
     try:
         print(f"TensorBoard on {directory}, {runs_found}: {address}  (Ctrl-C ends it)", flush=True)
-        while not threading.Event().wait(LOOKING):
-            pass
+        while True:
+            time.sleep(LOOKING)
     except KeyboardInterrupt:
         print()
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -127,7 +126,7 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, m = q.shape[2], k.shape[2]
     op = aten._scaled_dot_product_flash_attention_backward
-    seed = _no_dropout(q.device)
+    seed = _no_dropout(q)
     return op(grad_out, q, k, v, out, lse, None, None, n, m, 0.0, causal, seed, seed, scale=scale)
 
 
@@ -143,7 +142,7 @@ def _cudnn_backward(
     # A graph is built per shape and strides: one fixed layout keeps them few.
     out, grad_out = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (out, grad_out))
     op = aten._scaled_dot_product_cudnn_attention_backward
-    seed = _no_dropout(q.device)
+    seed = _no_dropout(q)
     lse = lse.unsqueeze(-1)
     return op(grad_out, q, k, v, out, lse, seed, seed, None, None, None, n, m, 0.0, causal, scale=scale)
 
@@ -161,16 +160,15 @@ def _efficient_backward(
     rounded = lse.new_full((*lse.shape[:2], -(-n // 32) * 32), math.inf)
     rounded[..., :n] = lse
     op = aten._scaled_dot_product_efficient_attention_backward
-    seed = _no_dropout(q.device)
+    seed = _no_dropout(q)
     needed = [True, True, True, False]
     dq, dk, dv, _ = op(grad_out, q, k, v, None, out, rounded, seed, seed, 0.0, needed, causal, scale=scale)
     return dq, dk, dv
 
 
-@cache
-def _no_dropout(device: torch.device) -> Tensor:
-    """What stands for the random state where nothing is dropped; made once, since that is a launch."""
-    return torch.zeros((), dtype=torch.int64, device=device)
+def _no_dropout(q: Tensor) -> Tensor:
+    """What stands for the random state where nothing is dropped."""
+    return torch.zeros((), dtype=torch.int64, device=q.device)
 
 
 def _math_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.autograd.graph import _engine_run_backward, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from longnet_kit.attention import dilated_compact
 from longnet_kit.attention.patterns import square
 
 aten = torch.ops.aten
@@ -44,7 +45,8 @@ def without_data(cuda: bool = False) -> Iterator[Ledger]:
     # Torch's own copies storages, behind the back of dispatch modes: it would read and write memory that is not there.
     Tensor.__deepcopy__ = lambda x, memo: x.detach().clone()  # type: ignore[method-assign]
     try:
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        way = dilated_compact.without_kernels() if cuda else nullcontext()
+        with warnings.catch_warnings(), way, FakeTensorMode(allow_non_fake_inputs=True), ledger:
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             yield ledger
     finally:

@@ -469,5 +469,10 @@ def test_xformers_is_imported_on_first_use_and_quietly() -> None:
         backend(q, q, q)
         assert "xformers" in sys.modules
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")

@@ -48,7 +48,7 @@ def test_a_refusal_is_of_the_memory_that_lacks(monkeypatch: pytest.MonkeyPatch, 
     """A GPU's, of which nothing but its answers is needed here, or the machine's."""
     on_gpu = error is torch.OutOfMemoryError
     with FakeTensorMode():
-        q = torch.empty(1, 4000, 8, 8, device="cuda:1" if on_gpu else "cpu")
+        q = torch.empty(1, 4000, 8, 8, device="cuda:0" if on_gpu else "cpu")
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2**30))
@@ -56,7 +56,7 @@ def test_a_refusal_is_of_the_memory_that_lacks(monkeypatch: pytest.MonkeyPatch, 
     backend = attention.build({"backend": "naive"})
     with pytest.raises(error, match="4,000 tokens and 8 heads: 0 MiB") as told:
         backend._check_memory(q, 8)
-    assert ("GPU 1 has a total capacity of 1.00 GiB" in str(told.value)) == on_gpu
+    assert ("GPU 0 has a total capacity of 1.00 GiB" in str(told.value)) == on_gpu
     assert isinstance(told.value, ValueError)
 
 
