@@ -102,6 +102,15 @@ def _offset(head, R: tl.constexpr, TURN: tl.constexpr, RULE: tl.constexpr):
 
 
 @triton.jit
+def _kept(row, tokens, first_head, w, HEADS: tl.constexpr, R: tl.constexpr, TURN: tl.constexpr, RULE: tl.constexpr):
+    """Of rows of (B, N, H): whether a branch keeps them, their segment among all of the batch, their row in it."""
+    token = row // HEADS % tokens
+    ahead = token % w - _offset(first_head + row % HEADS, R, TURN, RULE)
+    segment = row // HEADS // tokens * (tokens // w) + token // w
+    return ahead % R == 0, segment.to(tl.int64), ahead // R
+
+
+@triton.jit
 def _gather(
     xs, founds, batch_strides, token_strides, head_strides, lse, found_lse, HAS_LSE: tl.constexpr,
     rows, segments, first_head, w, k, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, TURN: tl.constexpr,
@@ -136,27 +145,23 @@ def _mix(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = row % HEADS
-    token = row // HEADS % tokens
-    batch = row // HEADS // tokens
     there = row < rows
     column = tl.arange(0, WIDTH)
     within = there[:, None] & (column[None, :] < D)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     for i in tl.static_range(len(RS)):
-        ahead = token % ws[i] - _offset(first_head + head, RS[i], TURNS[i], RULE)
-        keeps = there & (ahead % RS[i] == 0)
-        segment = (batch * (tokens // ws[i]) + token // ws[i]).to(tl.int64)
-        own = tl.load(lses[i] + (segment * HEADS + head) * ks[i] + ahead // RS[i], mask=keeps, other=float("-inf"))
+        keeps, segment, kept = _kept(row, tokens, first_head, ws[i], HEADS, RS[i], TURNS[i], RULE)
+        keeps &= there
+        own = tl.load(lses[i] + (segment * HEADS + head) * ks[i] + kept, mask=keeps, other=float("-inf"))
         largest = tl.maximum(largest, own)
     total = tl.zeros([ROWS], tl.float32)
     values = tl.zeros([ROWS, WIDTH], tl.float32)
     for i in tl.static_range(len(RS)):
-        ahead = token % ws[i] - _offset(first_head + head, RS[i], TURNS[i], RULE)
-        keeps = there & (ahead % RS[i] == 0)
-        segment = (batch * (tokens // ws[i]) + token // ws[i]).to(tl.int64)
-        own = tl.load(lses[i] + (segment * HEADS + head) * ks[i] + ahead // RS[i], mask=keeps, other=float("-inf"))
+        keeps, segment, kept = _kept(row, tokens, first_head, ws[i], HEADS, RS[i], TURNS[i], RULE)
+        keeps &= there
+        own = tl.load(lses[i] + (segment * HEADS + head) * ks[i] + kept, mask=keeps, other=float("-inf"))
         share = tl.where(keeps, tl.exp(own - largest), 0.0)
-        begins = ((segment * ks[i] + ahead // RS[i]) * HEADS + head) * D
+        begins = ((segment * ks[i] + kept) * HEADS + head) * D
         out = tl.load(outs[i] + begins[:, None] + column[None, :], mask=keeps[:, None] & within, other=0.0)
         values += share[:, None] * out.to(tl.float32)
         total += share
@@ -174,16 +179,12 @@ def _add_up(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = row % HEADS
-    token = row // HEADS % tokens
-    batch = row // HEADS // tokens
     column = tl.arange(0, WIDTH)
     within = (row < rows)[:, None] & (column[None, :] < D)
     values = tl.zeros([ROWS, WIDTH], tl.float32)
     for i in tl.static_range(len(RS)):
-        ahead = token % ws[i] - _offset(first_head + head, RS[i], TURNS[i], RULE)
-        keeps = ahead % RS[i] == 0
-        segment = (batch * (tokens // ws[i]) + token // ws[i]).to(tl.int64)
-        begins = ((segment * ks[i] + ahead // RS[i]) * HEADS + head) * D
+        keeps, segment, kept = _kept(row, tokens, first_head, ws[i], HEADS, RS[i], TURNS[i], RULE)
+        begins = ((segment * ks[i] + kept) * HEADS + head) * D
         part = tl.load(parts[i] + begins[:, None] + column[None, :], mask=keeps[:, None] & within, other=0.0)
         values += part.to(tl.float32)
     ends = row.to(tl.int64) * D
