@@ -44,14 +44,14 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """What the command tells of its user's error."""
-    started = time.monotonic()
+    started = time.process_time()
     code = cli.main(argv)
     captured = capsys.readouterr()
     assert code == 2, captured
     assert captured.err.startswith("longnet: ")
     assert "Traceback" not in captured.out + captured.err
     assert not Path("runs").exists(), "nothing was started"
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     return captured.err
 
 
