@@ -18,21 +18,22 @@ from longnet_kit.data.sources import registry
 
 @registry.register("many_shot")
 class ManyShot(AnswersSource):
-    """Lines like "dabc>K": a word, and the label of the class whose prototype it is a noisy copy of.
+    """Lines like "dabcK": a word, and the label of the class whose prototype it is a noisy copy of.
 
-    Each sequence draws its own prototypes, words of small letters, and its own labels, capital letters. Every line's
-    label is an answer; its group is the number of lines before it, reported at 1, 2, 4 and so on. A class that has not
-    come yet can only be guessed.
+    Each sequence draws how many classes it has, its own prototypes, words of small letters, and its own labels, capital
+    letters. Every line's label is an answer; its group is the number of lines before it, reported at 1, 2, 4 and so on.
+    A class that has not come yet can only be guessed. Sequences of few classes are what a network learns first.
 
     Args:
-        classes: how many prototypes and labels.
+        classes: how many prototypes and labels at most.
+        fewest_classes: and how many at least; the same number for sequences of `classes` alone.
         length: letters of a word.
         letters: how many different letters words are of.
         noise: the probability that a letter of a copy is drawn anew.
         train_examples, val_examples, test_examples, examples_seed: see `AnswersSource`.
 
     Raises:
-        ValueError: fewer words than classes.
+        ValueError: fewer words than classes, or fewer classes at most than at least.
     """
 
     label = "many_shot"
@@ -40,6 +41,7 @@ class ManyShot(AnswersSource):
     def __init__(
         self,
         classes: Annotated[int, typed.Range(at_least=2, at_most=26)] = 8,
+        fewest_classes: Annotated[int, typed.Range(at_least=1, at_most=26)] = 2,
         length: Annotated[int, typed.Range(at_least=1, at_most=64)] = 4,
         letters: Annotated[int, typed.Range(at_least=2, at_most=26)] = 8,
         noise: Annotated[float, typed.Range(at_least=0, at_most=1)] = 0.1,
@@ -54,12 +56,16 @@ class ManyShot(AnswersSource):
             test_examples=test_examples,
             examples_seed=examples_seed,
         )
+        if fewest_classes > classes:
+            raise ValueError(
+                f"data.fewest_classes: got {fewest_classes}, more than the {classes} of data.classes; use at most those"
+            )
         if letters**length < classes:
             raise ValueError(
                 f"data.classes: got {classes}, but there are only {letters**length} words of {length} of {letters} "
                 "letters; use fewer classes, or longer words or more letters"
             )
-        self._classes, self._length, self._noise = classes, length, noise
+        self._fewest, self._classes, self._length, self._noise = fewest_classes, classes, length, noise
         self._letters = string.ascii_lowercase[:letters]
 
     def groups(self, seq_len: int) -> Sequence[int]:
@@ -73,17 +79,18 @@ class ManyShot(AnswersSource):
         return [2**i for i in range((lines - 1).bit_length()) if 2**i < lines]
 
     def example(self, index: int, rng: Random, seq_len: int) -> Example:
-        labels = rng.sample(string.ascii_uppercase, self._classes)
+        classes = rng.randint(self._fewest, self._classes)
+        labels = rng.sample(string.ascii_uppercase, classes)
         prototypes: list[str] = []
-        while len(prototypes) < self._classes:
+        while len(prototypes) < classes:
             word = self._word(rng)
             if word not in prototypes:
                 prototypes.append(word)
         lines, answers = self._lines(seq_len), []
         text = "\n" * (seq_len + 1 - lines * self._line)
         for before in range(lines):
-            kind = rng.randrange(self._classes)
-            text += f"{self._copy(prototypes[kind], rng)}>"
+            kind = rng.randrange(classes)
+            text += self._copy(prototypes[kind], rng)
             answers.append(Answer(len(text), len(text) + 1, before))
             text += f"{labels[kind]}\n"
         return Example(text.encode(), answers)
@@ -91,7 +98,7 @@ class ManyShot(AnswersSource):
     @property
     def _line(self) -> int:
         """Bytes of a line."""
-        return self._length + len(">K\n")
+        return self._length + len("K\n")
 
     def _lines(self, seq_len: int) -> int:
         return (seq_len + 1) // self._line

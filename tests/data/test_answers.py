@@ -94,22 +94,29 @@ def test_every_line_of_a_data_set_is_asked_for_and_labels_follow_its_concept(
     made = source("many_shot", classes=classes, length=length, letters=5, noise=0)
     text, answers = made.made("train", index, seq_len)
     lines = text.decode().lstrip("\n").splitlines()
-    assert len(lines) == (seq_len + 1) // (length + 3) == len(answers)
+    assert len(lines) == (seq_len + 1) // (length + 2) == len(answers)
     assert [a.group for a in answers] == list(range(len(lines)))
     concept: dict[str, str] = {}
     for line, answer in zip(lines, answers, strict=True):
-        word, label = line.split(">")
+        word, label = line[:-1], line[-1]
         assert text[answer.start : answer.end].decode() == label
         assert concept.setdefault(word, label) == label and len(word) == length
     assert len(set(concept.values())) == len(concept) <= classes
     assert made.groups(seq_len) == [g for g in (1, 2, 4, 8, 16, 32, 64, 128) if g < len(lines)]
 
 
+@pytest.mark.parametrize(("fewest", "drawn"), [(1, {1, 2, 3, 4}), (3, {3, 4}), (4, {4})])
+def test_each_text_draws_how_many_classes_it_has(fewest: int, drawn: set[int]) -> None:
+    made = source("many_shot", classes=4, fewest_classes=fewest, length=4, noise=0)
+    counts = Counter(len(set(made.made("train", index, 599).text.split())) for index in range(100))
+    assert set(counts) == drawn and min(counts.values()) > 100 / len(drawn) / 2
+
+
 def test_noise_changes_as_many_letters_as_is_said() -> None:
     letters = changed = 0
     for index in range(40):
         text = source("many_shot", classes=2, length=5, letters=10, noise=0.2).made("val", index, 799).text.decode()
-        lines = [line.split(">") for line in text.split()]
+        lines = [(line[:-1], line[-1]) for line in text.split()]
         for label in {label for _, label in lines}:
             for column in zip(*(word for word, own in lines if own == label), strict=True):
                 letters += len(column)
@@ -273,14 +280,19 @@ def test_the_longest_distance_that_a_refusal_names_is_right() -> None:
 
 
 def test_a_sequence_too_short_for_two_lines_is_refused() -> None:
-    built("many_shot", seq_len=11)
-    with pytest.raises(ValueError, match=r"10 tokens hold 1 lines of 6 bytes, .* use 11 or more"):
-        data.build(section("many_shot", seq_len=10))
+    built("many_shot", seq_len=9)
+    with pytest.raises(ValueError, match=r"8 tokens hold 1 lines of 5 bytes, .* use 9 or more"):
+        data.build(section("many_shot", seq_len=8))
 
 
 def test_more_classes_than_words_are_refused() -> None:
     with pytest.raises(ValueError, match="got 5, but there are only 4 words of 2 of 2 letters"):
         data.build(section("many_shot", classes=5, length=2, letters=2))
+
+
+def test_more_classes_at_least_than_at_most_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.fewest_classes: got 4, more than the 3 of data\.classes"):
+        data.build(section("many_shot", fewest_classes=4))
 
 
 # --- a source of one's own
