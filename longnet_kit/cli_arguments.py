@@ -153,9 +153,9 @@ def _add_comparison(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves: a .png, .pdf or .svg file")
     compare.add_argument(
         "--against",
-        choices=("steps", "tokens", "flops", "seconds"),
+        choices=("steps", "tokens", "flops", "seconds", "groups"),
         default="steps",
-        help="what the plot's curves are over",
+        help="what the plot's curves are over; groups: the last values of the tags METRIC@N, over N",
     )
     compare.add_argument("--csv", type=Path, metavar="FILE", help="write the table in full precision")
     compare.add_argument("--markdown", action="store_true", help="print the table as Markdown")

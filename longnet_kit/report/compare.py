@@ -39,7 +39,8 @@ def compare(
         sort: the tag to sort by, best run first; by default val/loss.
         metrics: the tags whose final values are shown, and which are drawn.
         plot: a .png, .pdf or .svg file to draw curves into.
-        against: the horizontal axis of the plot: steps, tokens, flops or seconds.
+        against: the horizontal axis of the plot: steps, tokens, flops, seconds or groups (last values of the tags
+            `metric@N` over N).
         csv: a file for the table with its values in full.
         markdown: give the table in Markdown.
 
@@ -64,7 +65,8 @@ def compare(
     made = columns.build(rows, keys, shown, by)
     done, undrawn = [], {}
     if plot is not None:
-        panels = list(dict.fromkeys(metrics)) or _present(DRAWN, tags) or shown
+        usual = curves.grouped(tags) if against == curves.GROUPS else _present(DRAWN, tags)
+        panels = list(dict.fromkeys(metrics)) or usual or shown
         undrawn = curves.draw([(row.label, row.run) for row in rows], _legend(rows, keys), panels, against, plot)
         done.append(f"wrote the curves of {', '.join(panels)} to {plot}")
     if csv is not None:

@@ -1,4 +1,4 @@
-"""Curves of several runs in one figure: a panel for each tag, against steps, tokens, FLOPs or seconds.
+"""Curves of several runs in one figure: a panel for each tag, against steps, tokens, FLOPs, seconds or its groups.
 
 matplotlib is imported on first use, and pyplot never. A long curve is drawn as the medians of its stretches, in a band
 that reaches to their extremes: noise would hide the other curves, and nothing that stands out is lost.
@@ -7,7 +7,9 @@ that reaches to their extremes: noise would hide the other curves, and nothing t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,11 +27,14 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".pdf", ".svg")
 AXES = {"steps": None, "tokens": "train/tokens", "flops": "train/flops", "seconds": "train/seconds"}
-"""What curves are drawn against, and the tag that says how much of it a step has seen."""
+"""What curves of training are drawn against, and the tag that says how much of it a step has seen."""
+GROUPS = "groups"
+"""Against the N of `tag@N`: last values by distance, by examples before, or by length of the context."""
 _STRETCHES, _LONG = 200, 800
 _FEW, _LEGEND_ROWS = 10, 25
 _DOTTED = 50
 _ORDERS, _WILD = 30, 5
+_GROUP = re.compile(r"(.+)@([1-9]\d*)")
 
 
 class Points(NamedTuple):
@@ -50,8 +55,9 @@ class Bands(NamedTuple):
 
 def check(plot: Path | None, against: str) -> None:
     """Raise ValueError where the file or the axis of a plot is none, before anything is read."""
-    if against not in AXES:
-        raise ValueError(f"--against {against}: expected {', '.join(AXES)}; {typed.suggestion(against, AXES)}")
+    known = [*AXES, GROUPS]
+    if against not in known:
+        raise ValueError(f"--against {against}: expected {', '.join(known)}; {typed.suggestion(against, known)}")
     if plot is None:
         return
     if plot.suffix.lower() not in SUFFIXES:
@@ -67,7 +73,7 @@ def draw(
     Args:
         runs: under their labels, best run first.
         legend: what to call each in the figure.
-        tags: a panel each.
+        tags: a panel each; against groups, without their @.
 
     Returns:
         Why runs were left out, by their labels.
@@ -75,24 +81,43 @@ def draw(
     Raises:
         ValueError: there is nothing to draw, or the file cannot be written.
     """
-    axis, left_out, drawn = AXES[against], {}, []
+    axis, left_out, drawn = AXES.get(against), {}, []
+    drawn_tags = [f"{tag}@N" for tag in tags] if against == GROUPS else tags
     for (label, run), name in zip(runs, legend, strict=True):
         seen = None if axis is None else run.metrics.series(axis)
         if seen is not None and not np.isfinite(seen.values).any():
             left_out[label] = f"not in the plot: no {axis}"
-        elif not any(np.isfinite(run.metrics.series(tag).values).any() for tag in tags):
-            left_out[label] = f"not in the plot: no number for {' or '.join(tags)}"
+            continue
+        points = {tag: by_group(run, tag) if against == GROUPS else place(run.metrics.series(tag), seen) for tag in tags}
+        if any(np.isfinite(curve.y).any() for curve in points.values()):
+            drawn.append((name, points))
         else:
-            drawn.append((name, {tag: place(run.metrics.series(tag), seen) for tag in tags}))
+            left_out[label] = f"not in the plot: no number for {' or '.join(drawn_tags)}"
     if not drawn:
         advice = "choose another --metric" if axis is None else "draw against steps"
-        raise ValueError(f"--plot {plot}: no run has {' or '.join(tags)}{f' and {axis}' if axis else ''}; {advice}")
+        if against == GROUPS:
+            advice = "give --metric without its @, or draw against steps"
+        also = f" and {axis}" if axis else ""
+        raise ValueError(f"--plot {plot}: no run has {' or '.join(drawn_tags)}{also}; {advice}")
     picture = figure(drawn, tags, against)
     try:
         picture.savefig(plot, dpi=150)
     except OSError as error:
         raise ValueError(f"--plot {plot}: cannot be written ({error.strerror}); name another file") from error
     return left_out
+
+
+def grouped(tags: Iterable[str]) -> list[str]:
+    """The tags that several others are groups of: val/accuracy where there are val/accuracy@8 and val/accuracy@16."""
+    counts = Counter(match[1] for match in map(_GROUP.fullmatch, tags) if match)
+    return [tag for tag, count in counts.items() if count > 1]
+
+
+def by_group(run: History, tag: str) -> Points:
+    """The last value of each group of a tag, by what the groups are named after."""
+    named = [match for match in map(_GROUP.fullmatch, run.tags) if match and match[1] == tag]
+    known = sorted((int(match[2]), value) for match in named if (value := run.final(match[0])) is not None)
+    return Points(*np.array(known, dtype=float).reshape(-1, 2).T)
 
 
 def place(series: Series, seen: Series | None) -> Points:
@@ -136,7 +161,7 @@ def figure(drawn: Sequence[tuple[str, Mapping[str, Points]]], tags: Sequence[str
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     names = [name for name, _ in drawn]
     is_few = len(drawn) <= _FEW
@@ -151,7 +176,11 @@ def figure(drawn: Sequence[tuple[str, Mapping[str, Points]]], tags: Sequence[str
     scale, unit = _unit(against, furthest)
     for i, tag in enumerate(tags):
         axes = picture.add_subplot(down, across, i + 1, title=tag, xlabel=unit)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=scale == 1 and against != "seconds"))
+        if against == GROUPS:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=scale == 1 and against != "seconds"))
         for (_, curves), colour in zip(drawn, palette, strict=False):
             _curve(axes, Points(curves[tag].x / scale, curves[tag].y), colour, is_one_of_few=is_few)
         _fit(axes, np.concatenate([curves[tag].y for _, curves in drawn]))
@@ -215,6 +244,7 @@ def _unit(against: str, furthest: float) -> tuple[float, str]:
             (1.0, "tokens"),
         ],
         "flops": [(10.0**power, f"training FLOPs (10^{power})") for power in (21, 18, 15, 12)],
+        GROUPS: [(1.0, "N of the tag's groups, @N")],
         "seconds": [(3600.0, "hours of training"), (60.0, "minutes of training"), (1.0, "seconds of training")],
     }[against]
     return next((unit for unit in units if furthest >= 2 * unit[0]), units[-1])

@@ -127,6 +127,32 @@ def test_runs_that_do_not_know_their_tokens_are_left_out_with_a_word() -> None:
         compare(["runs/a/version_1"], plot=Path("curves.png"), against="tokens")
 
 
+def test_the_last_values_of_groups_are_drawn_over_what_they_are_named_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    make(0)
+    make(1, tags="val/accuracy,val/accuracy@128,val/accuracy@16,val/accuracy@near,val/perplexity@16")
+    drawn: list[tuple[str, dict[str, Points]]] = []
+    figure = curves.figure
+    monkeypatch.setattr(curves, "figure", lambda runs, *rest: drawn.extend(runs) or figure(runs, *rest))
+    text = compare([], plot=Path("curves.png"), against="groups")
+    assert "version_0: not in the plot: no number for val/accuracy@N" in text
+    assert text.endswith("wrote the curves of val/accuracy to curves.png")
+    ((_, points),) = drawn
+    np.testing.assert_array_equal(points["val/accuracy"], [[16, 128], [500, 500]])
+    assert compare([], plot=Path("curves.png"), against="groups", metrics=["val/accuracy"]).endswith("to curves.png")
+    for metric in ("val/accuracy@16", "val/loss"):
+        with pytest.raises(ValueError, match=f"no run has {metric}@N; give --metric without its @, or draw against st"):
+            compare([], plot=Path("curves.png"), against="groups", metrics=[metric])
+    with pytest.raises(ValueError, match="no run has val/loss@N"):
+        compare(["runs/a/version_0"], plot=Path("curves.png"), against="groups")
+
+
+def test_groups_stand_evenly_where_they_double() -> None:
+    points = Points(np.array([32.0, 64.0, 128.0]), np.arange(3.0))
+    (axes,) = curves.figure([("a", {"t": points})], ["t"], "groups").axes
+    assert axes.get_xscale() == "log"
+    assert [axes.xaxis.get_major_formatter()(x) for x in points.x] == ["32", "64", "128"]
+
+
 def test_a_plot_that_cannot_be_is_refused_before_runs_are_read() -> None:
     for plot, words in (
         ("curves.gif", r"the name must end in .png, .pdf or .svg"),
@@ -136,7 +162,7 @@ def test_a_plot_that_cannot_be_is_refused_before_runs_are_read() -> None:
         with pytest.raises(ValueError, match=words):
             compare(["missing"], plot=Path(plot))
     with pytest.raises(
-        ValueError, match="--against token: expected steps, tokens, flops, seconds; did you mean 'tokens'"
+        ValueError, match="--against token: expected steps, tokens, flops, seconds, groups; did you mean 'tokens'"
     ):
         compare(["missing"], against="token")
 
@@ -157,7 +183,7 @@ def test_a_place_that_may_not_be_written_is_told(monkeypatch: pytest.MonkeyPatch
     [("steps", 1e9, "optimizer steps"), ("tokens", 3e9, "tokens (billions)"), ("tokens", 100, "tokens"),
      ("flops", 5e16, "training FLOPs (10^15)"),
      ("seconds", 60, "seconds of training"), ("seconds", 600, "minutes of training"),
-     ("seconds", 9000, "hours of training")],
+     ("seconds", 9000, "hours of training"), ("groups", 256, "N of the tag's groups, @N")],
 )  # fmt: skip
 def test_the_axis_counts_in_a_unit_that_fits(against: str, furthest: float, unit: str) -> None:
     points = Points(np.array([0, furthest]), np.zeros(2))
