@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -88,7 +87,10 @@ def draw(
         if seen is not None and not np.isfinite(seen.values).any():
             left_out[label] = f"not in the plot: no {axis}"
             continue
-        points = {tag: by_group(run, tag) if against == GROUPS else place(run.metrics.series(tag), seen) for tag in tags}
+        if against == GROUPS:
+            points = {tag: by_group(run, tag) for tag in tags}
+        else:
+            points = {tag: place(run.metrics.series(tag), seen) for tag in tags}
         if any(np.isfinite(curve.y).any() for curve in points.values()):
             drawn.append((name, points))
         else:
@@ -108,9 +110,8 @@ def draw(
 
 
 def grouped(tags: Iterable[str]) -> list[str]:
-    """The tags that several others are groups of: val/accuracy where there are val/accuracy@8 and val/accuracy@16."""
-    counts = Counter(match[1] for match in map(_GROUP.fullmatch, tags) if match)
-    return [tag for tag, count in counts.items() if count > 1]
+    """What tags are groups of: val/accuracy where there is val/accuracy@16."""
+    return list(dict.fromkeys(match[1] for match in map(_GROUP.fullmatch, tags) if match))
 
 
 def by_group(run: History, tag: str) -> Points:

@@ -134,10 +134,11 @@ def test_the_last_values_of_groups_are_drawn_over_what_they_are_named_after(monk
     figure = curves.figure
     monkeypatch.setattr(curves, "figure", lambda runs, *rest: drawn.extend(runs) or figure(runs, *rest))
     text = compare([], plot=Path("curves.png"), against="groups")
-    assert "version_0: not in the plot: no number for val/accuracy@N" in text
-    assert text.endswith("wrote the curves of val/accuracy to curves.png")
+    assert "version_0: not in the plot: no number for val/accuracy@N or val/perplexity@N" in text
+    assert text.endswith("wrote the curves of val/accuracy, val/perplexity to curves.png")
     ((_, points),) = drawn
     np.testing.assert_array_equal(points["val/accuracy"], [[16, 128], [500, 500]])
+    np.testing.assert_array_equal(points["val/perplexity"], [[16], [500]])
     assert compare([], plot=Path("curves.png"), against="groups", metrics=["val/accuracy"]).endswith("to curves.png")
     for metric in ("val/accuracy@16", "val/loss"):
         with pytest.raises(ValueError, match=f"no run has {metric}@N; give --metric without its @, or draw against st"):
