@@ -21,8 +21,9 @@ class ManyShot(AnswersSource):
     """Lines like "dabcK": a word, and the label of the class whose prototype it is a noisy copy of.
 
     Each sequence draws how many classes it has, its own prototypes, words of small letters, and its own labels, capital
-    letters. Every line's label is an answer; its group is the number of lines before it, reported at 1, 2, 4 and so on.
-    A class that has not come yet can only be guessed. Sequences of few classes are what a network learns first.
+    letters. Every line's label is an answer; its group is the number of lines before it, down to a power of two: 8 are
+    lines after 8 to 15 others. A class that has not come yet can only be guessed, and who reads the labels but not the
+    words is right once in as many as there are. Sequences of few classes are what a network learns first.
 
     Args:
         classes: how many prototypes and labels at most.
@@ -69,7 +70,7 @@ class ManyShot(AnswersSource):
         self._letters = string.ascii_lowercase[:letters]
 
     def groups(self, seq_len: int) -> Sequence[int]:
-        """1, 2, 4 and so on, as far as there are lines."""
+        """1, 2, 4 and so on, as far as there are lines; the first line of a text is in none."""
         lines = self._lines(seq_len)
         if lines < 2:
             raise ValueError(
@@ -91,7 +92,7 @@ class ManyShot(AnswersSource):
         for before in range(lines):
             kind = rng.randrange(classes)
             text += self._copy(prototypes[kind], rng)
-            answers.append(Answer(len(text), len(text) + 1, before))
+            answers.append(Answer(len(text), len(text) + 1, 2 ** (before.bit_length() - 1) if before else 0))
             text += f"{labels[kind]}\n"
         return Example(text.encode(), answers)
 
