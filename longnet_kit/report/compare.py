@@ -55,8 +55,12 @@ def compare(
         table.check_place("--csv", csv)
     rows, remarks = _rows(paths)
     tags = list(dict.fromkeys(tag for row in rows for tag in row.run.tags))
+    grouped = curves.grouped(tags) if plot is not None and against == curves.GROUPS else None
     _check_tags("--sort", [] if sort is None else [sort], tags)
-    _check_tags("--metric", metrics, tags)
+    if grouped is None:
+        _check_tags("--metric", metrics, tags)
+    else:
+        _check_groups(metrics, grouped)
     shown = list(dict.fromkeys(metrics)) or [tag for tag in METRICS if tag in tags] or _present(DRAWN[:1], tags)
     by = sort or next(iter(_present([SORT, *shown], tags)), None)
     if by is not None:
@@ -65,8 +69,7 @@ def compare(
     made = columns.build(rows, keys, shown, by)
     done, undrawn = [], {}
     if plot is not None:
-        usual = curves.grouped(tags) if against == curves.GROUPS else _present(DRAWN, tags)
-        panels = list(dict.fromkeys(metrics)) or usual or shown
+        panels = list(dict.fromkeys(metrics)) or grouped or _present(DRAWN, tags) or shown
         undrawn = curves.draw([(row.label, row.run) for row in rows], _legend(rows, keys), panels, against, plot)
         done.append(f"wrote the curves of {', '.join(panels)} to {plot}")
     if csv is not None:
@@ -99,6 +102,16 @@ def _check_tags(option: str, asked: Iterable[str], tags: Sequence[str]) -> None:
             hint = typed.suggestion(tag, tags)
             known = f" known: {', '.join(sorted(tags))}" if hint.startswith("did you mean") else ""
             raise ValueError(f"{option} {tag}: no run has this tag; {hint if tags else 'no run has any yet'}{known}")
+
+
+def _check_groups(asked: Iterable[str], grouped: Sequence[str]) -> None:
+    if not grouped:
+        raise ValueError("--against groups: no run has a tag METRIC@N, as val/perplexity@512 is; draw against steps")
+    for tag in asked:
+        if tag not in grouped:
+            raise ValueError(
+                f"--metric {tag}: no run has a tag {tag}@N, of which --against groups draws; use {', '.join(grouped)}"
+            )
 
 
 def _present(wanted: Iterable[str], tags: Sequence[str]) -> list[str]:

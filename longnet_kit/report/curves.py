@@ -33,7 +33,8 @@ _STRETCHES, _LONG = 200, 800
 _FEW, _LEGEND_ROWS = 10, 25
 _DOTTED = 50
 _ORDERS, _WILD = 30, 5
-_GROUP = re.compile(r"(.+)@([1-9]\d*)")
+_GROUP = re.compile(r"(.+)@(\d{1,15})")
+_MOST_TICKS = 12
 
 
 class Points(NamedTuple):
@@ -81,7 +82,7 @@ def draw(
         ValueError: there is nothing to draw, or the file cannot be written.
     """
     axis, left_out, drawn = AXES.get(against), {}, []
-    drawn_tags = [f"{tag}@N" for tag in tags] if against == GROUPS else tags
+    wanted = " or ".join(f"{tag}@N" if against == GROUPS else tag for tag in tags)
     for (label, run), name in zip(runs, legend, strict=True):
         seen = None if axis is None else run.metrics.series(axis)
         if seen is not None and not np.isfinite(seen.values).any():
@@ -94,13 +95,10 @@ def draw(
         if any(np.isfinite(curve.y).any() for curve in points.values()):
             drawn.append((name, points))
         else:
-            left_out[label] = f"not in the plot: no number for {' or '.join(drawn_tags)}"
+            left_out[label] = f"not in the plot: no number for {wanted}"
     if not drawn:
         advice = "choose another --metric" if axis is None else "draw against steps"
-        if against == GROUPS:
-            advice = "give --metric without its @, or draw against steps"
-        also = f" and {axis}" if axis else ""
-        raise ValueError(f"--plot {plot}: no run has {' or '.join(drawn_tags)}{also}; {advice}")
+        raise ValueError(f"--plot {plot}: no run has {wanted}{f' and {axis}' if axis else ''}; {advice}")
     picture = figure(drawn, tags, against)
     try:
         picture.savefig(plot, dpi=150)
@@ -115,7 +113,7 @@ def grouped(tags: Iterable[str]) -> list[str]:
 
 
 def by_group(run: History, tag: str) -> Points:
-    """The last value of each group of a tag, by what the groups are named after."""
+    """The last value of each group of a tag, NaN and infinities included, by what the groups are named after."""
     named = [match for match in map(_GROUP.fullmatch, run.tags) if match and match[1] == tag]
     known = sorted((int(match[2]), value) for match in named if (value := run.final(match[0])) is not None)
     return Points(*np.array(known, dtype=float).reshape(-1, 2).T)
@@ -162,7 +160,7 @@ def figure(drawn: Sequence[tuple[str, Mapping[str, Points]]], tags: Sequence[str
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import MaxNLocator
 
     names = [name for name, _ in drawn]
     is_few = len(drawn) <= _FEW
@@ -178,23 +176,36 @@ def figure(drawn: Sequence[tuple[str, Mapping[str, Points]]], tags: Sequence[str
     for i, tag in enumerate(tags):
         axes = picture.add_subplot(down, across, i + 1, title=tag, xlabel=unit)
         if against == GROUPS:
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            _doubling(axes, sorted({x for _, curves in drawn for x in curves[tag].x.tolist()}))
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=scale == 1 and against != "seconds"))
         for (_, curves), colour in zip(drawn, palette, strict=False):
-            _curve(axes, Points(curves[tag].x / scale, curves[tag].y), colour, is_one_of_few=is_few)
+            points = Points(curves[tag].x / scale, curves[tag].y)
+            _curve(axes, points, colour, is_one_of_few=is_few, is_training=against != GROUPS)
         _fit(axes, np.concatenate([curves[tag].y for _, curves in drawn]))
         axes.grid(alpha=0.3)
-    words = _explanation([points for _, curves in drawn for points in curves.values()])
+    words = _explanation([points for _, curves in drawn for points in curves.values()], is_training=against != GROUPS)
     picture.supxlabel(words, fontsize="small", color="gray")
     handles = [Line2D([], [], color=colour) for _, colour in zip(drawn, palette, strict=False)]
     picture.legend(handles, names, loc="outside right upper", ncols=stacks, fontsize="small", frameon=False)
     return picture
 
 
-def _explanation(curves: Sequence[Points]) -> str:
+def _doubling(axes: Axes, groups: Sequence[float]) -> None:
+    """A horizontal axis on which doublings are evenly apart, with the groups' own numbers."""
+    if 0 in groups:
+        axes.set_xscale("symlog", base=2, linthresh=1)
+    else:
+        axes.set_xscale("log", base=2)
+    shown = groups[:: math.ceil(len(groups) / _MOST_TICKS) or 1]
+    axes.set_xticks(shown, [f"{group:,.0f}" for group in shown])
+    axes.set_xticks([], minor=True)
+
+
+def _explanation(curves: Sequence[Points], *, is_training: bool) -> str:
     """What in the figure is not a plain curve."""
+    if not is_training:
+        return "" if all(np.isfinite(points.y).all() for points in curves) else "gaps: nan or inf"
     words = []
     if any(np.isfinite(points.y).sum() > _LONG for points in curves):
         words.append("lines: medians of neighbouring points; bands: their extremes")
@@ -203,10 +214,13 @@ def _explanation(curves: Sequence[Points]) -> str:
     return "; ".join(words)
 
 
-def _curve(axes: Axes, points: Points, colour: Any, *, is_one_of_few: bool) -> None:
-    """One run in one panel; a cross where its numbers ended in NaN or infinity."""
+def _curve(axes: Axes, points: Points, colour: Any, *, is_one_of_few: bool, is_training: bool) -> None:
+    """One run in one panel; a cross where its numbers ended in NaN or infinity, a gap where those are of a group."""
     is_number = np.isfinite(points.y)
-    shown = Points(points.x[is_number], points.y[is_number])
+    if is_training:
+        shown = Points(points.x[is_number], points.y[is_number])
+    else:
+        shown, is_number = Points(points.x, np.where(is_number, points.y, np.nan)), np.ones_like(is_number)
     width = 1.5 if is_one_of_few else 1.0
     if len(shown.x) > _LONG:
         band = bands(shown)

@@ -127,31 +127,75 @@ def test_runs_that_do_not_know_their_tokens_are_left_out_with_a_word() -> None:
         compare(["runs/a/version_1"], plot=Path("curves.png"), against="tokens")
 
 
-def test_the_last_values_of_groups_are_drawn_over_what_they_are_named_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    make(0)
-    make(1, tags="val/accuracy,val/accuracy@128,val/accuracy@16,val/accuracy@near,val/perplexity@16")
+def grouped_run(number: int, **groups: float) -> None:
+    """A run whose tags val/accuracy@N fall from twice their last values to these; and val/accuracy itself."""
+    make(number)
+    folder = Path(f"runs/a/version_{number}")
+    tags = [f"val/accuracy@{name.removeprefix('of_')}" for name in groups]
+    rows = [[1.0, *(2 * value for value in groups.values())], [0.5, *groups.values()]]
+    lines = [f"{step},{','.join(map(str, row))}" for step, row in enumerate(rows, 1)]
+    (folder / "metrics.csv").write_text("\n".join([",".join(["step,val/accuracy", *tags]), *lines]) + "\n")
+
+
+def groups_drawn(monkeypatch: pytest.MonkeyPatch, *metrics: str) -> tuple[str, list[tuple[str, dict[str, Points]]]]:
     drawn: list[tuple[str, dict[str, Points]]] = []
     figure = curves.figure
-    monkeypatch.setattr(curves, "figure", lambda runs, *rest: drawn.extend(runs) or figure(runs, *rest))
-    text = compare([], plot=Path("curves.png"), against="groups")
-    assert "version_0: not in the plot: no number for val/accuracy@N or val/perplexity@N" in text
-    assert text.endswith("wrote the curves of val/accuracy, val/perplexity to curves.png")
-    ((_, points),) = drawn
-    np.testing.assert_array_equal(points["val/accuracy"], [[16, 128], [500, 500]])
-    np.testing.assert_array_equal(points["val/perplexity"], [[16], [500]])
-    assert compare([], plot=Path("curves.png"), against="groups", metrics=["val/accuracy"]).endswith("to curves.png")
-    for metric in ("val/accuracy@16", "val/loss"):
-        with pytest.raises(ValueError, match=f"no run has {metric}@N; give --metric without its @, or draw against st"):
-            compare([], plot=Path("curves.png"), against="groups", metrics=[metric])
-    with pytest.raises(ValueError, match="no run has val/loss@N"):
-        compare(["runs/a/version_0"], plot=Path("curves.png"), against="groups")
+    with monkeypatch.context() as patch:
+        patch.setattr(curves, "figure", lambda runs, *rest: drawn.extend(runs) or figure(runs, *rest))
+        return compare([], plot=Path("curves.png"), against="groups", metrics=metrics), drawn
 
 
-def test_groups_stand_evenly_where_they_double() -> None:
-    points = Points(np.array([32.0, 64.0, 128.0]), np.arange(3.0))
+def test_the_last_values_of_groups_are_drawn_over_what_they_are_named_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    make(0)
+    grouped_run(1, of_128=0.25, of_0=0.75, of_16=0.5, of_near=0.1)
+    text, ((_, points),) = groups_drawn(monkeypatch)
+    assert "version_0: not in the plot: no number for val/accuracy@N" in text
+    assert text.endswith("wrote the curves of val/accuracy to curves.png")
+    np.testing.assert_array_equal(points["val/accuracy"], [[0, 16, 128], [0.75, 0.5, 0.25]])
+    grouped_run(2, of_16=float("nan"))
+    text, ((_, points),) = groups_drawn(monkeypatch, "val/accuracy")
+    assert "version_2: not in the plot: no number for val/accuracy@N" in text
+
+
+def test_metrics_without_groups_are_refused_where_groups_are_drawn() -> None:
+    make(0)
+    with pytest.raises(ValueError, match="--against groups: no run has a tag METRIC@N, as .*; draw against steps"):
+        compare([], plot=Path("curves.png"), against="groups")
+    assert "wrote" not in compare([], against="groups")
+    grouped_run(1, of_16=0.5)
+    for metric in ("val/accuracy@16", "val/loss", "nothing"):
+        with pytest.raises(ValueError, match=f"--metric {metric}: no run has a tag {metric}@N, .* use val/accuracy$"):
+            compare([], plot=Path("curves.png"), against="groups", metrics=["val/accuracy", metric])
+    with pytest.raises(ValueError, match="--plot curves.png: no run has val/accuracy@N; choose another --metric"):
+        grouped_run(2, of_16=float("inf"))
+        compare(["runs/a/version_2"], plot=Path("curves.png"), against="groups")
+
+
+@pytest.mark.parametrize("groups", [[32, 64, 128, 256], [1, 2], [512, 1024], [0, 1, 2, 4]])
+def test_doublings_of_groups_are_evenly_apart_and_have_their_own_numbers(groups: list[int]) -> None:
+    points = Points(np.array(groups, dtype=float), np.linspace(1, 0, len(groups)))
+    figure = curves.figure([("a", {"t": points})], ["t"], "groups")
+    (axes,) = figure.axes
+    figures.pixels(figure)
+    ticks = [(tick.get_loc(), tick.label1.get_text()) for tick in axes.xaxis.get_major_ticks()]
+    assert ticks == [(group, f"{group:,}") for group in groups] and not len(axes.xaxis.get_minor_ticks())
+    places = axes.transData.transform([(group, 0) for group in groups if group])[:, 0]
+    np.testing.assert_allclose(np.diff(places), np.diff(places[:2])[0] * np.diff(np.log2(groups[-len(places) :])))
+
+
+def test_many_groups_have_room_for_their_numbers() -> None:
+    points = Points(np.arange(1.0, 101), np.arange(100.0))
     (axes,) = curves.figure([("a", {"t": points})], ["t"], "groups").axes
-    assert axes.get_xscale() == "log"
-    assert [axes.xaxis.get_major_formatter()(x) for x in points.x] == ["32", "64", "128"]
+    assert 6 <= len(axes.get_xticks()) <= 12
+
+
+def test_a_group_without_a_number_is_a_gap() -> None:
+    points = Points(np.array([1.0, 2, 4, 8]), np.array([0.1, np.nan, 0.3, np.inf]))
+    figure = curves.figure([("a", {"t": points})], ["t"], "groups")
+    (curve,) = figure.axes[0].lines
+    np.testing.assert_array_equal(curve.get_xdata(), points.x)
+    np.testing.assert_array_equal(curve.get_ydata(), [0.1, np.nan, 0.3, np.nan])
+    assert figure.get_supxlabel() == "gaps: nan or inf"
 
 
 def test_a_plot_that_cannot_be_is_refused_before_runs_are_read() -> None:
