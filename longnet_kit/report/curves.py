@@ -199,7 +199,6 @@ def _doubling(axes: Axes, groups: Sequence[float]) -> None:
         axes.set_xscale("log", base=2)
     shown = groups[:: math.ceil(len(groups) / _MOST_TICKS) or 1]
     axes.set_xticks(shown, [f"{group:,.0f}" for group in shown])
-    axes.set_xticks([], minor=True)
 
 
 def _explanation(curves: Sequence[Points], *, is_training: bool) -> str:
