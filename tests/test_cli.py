@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,15 +264,13 @@ def test_the_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("verb", "seconds"), [("--help", 0.4), ("list", 1.5)])
 def test_it_starts_quickly_and_imports_nothing_heavy(verb: str, seconds: float) -> None:
-    times, waits = [], []
-    for _ in range(3):  # processor time and the best of three, since tests share their cores
-        started = os.times()
+    times = []
+    for _ in range(3):  # the best of three, since tests share their cores
+        started = time.perf_counter()
         ended = subprocess.run([*COMMAND, verb], env=ENVIRONMENT, capture_output=True, text=True)
-        now = os.times()
-        times.append(sum(now[2:4]) - sum(started[2:4]))
-        waits.append(now.elapsed - started.elapsed)
+        times.append(time.perf_counter() - started)
         assert ended.returncode == 0
-    assert min(times) < seconds and min(waits) < 20 * seconds
+    assert min(times) < seconds
     program = f"import sys; from longnet_kit import cli; cli.main([{verb!r}]); print(*sys.modules)"
     ended = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
     assert not {"torch", "lightning", "numpy", "omegaconf"} & set(ended.stdout.split())

@@ -114,16 +114,14 @@ def test_the_first_start_sets_up_and_later_ones_only_run(clone: Clone) -> None:
 
 def test_a_later_start_costs_under_a_fifth_of_a_second(clone: Clone, capsys: pytest.CaptureFixture[str]) -> None:
     clone.run()
-    costs, waits = [], []
-    for _ in range(5):  # processor time and the best of five, since tests share their cores
-        begin = os.times()
+    costs = []
+    for _ in range(5):
+        begin = time.perf_counter()
         assert clone.run()[0] == 7
-        now = os.times()
-        costs.append(sum(now[2:4]) - sum(begin[2:4]))
-        waits.append(now.elapsed - begin.elapsed)
+        costs.append(time.perf_counter() - begin)
     with capsys.disabled():
         print(f"\n[a later start: {min(costs):.3f} s]", end=" ")
-    assert min(costs) < 0.2 and min(waits) < 2
+    assert min(costs) < 0.2
 
 
 def test_a_link_to_the_launcher_works(clone: Clone) -> None:

@@ -144,7 +144,7 @@ def test_a_second_sigint_ends_the_run_at_once(start: Callable[..., Run]) -> None
     began = time.monotonic()
     os.killpg(run.process.pid, signal.SIGINT)
     code, output = run.ended()
-    assert code == 130 and time.monotonic() - began < 20, output  # a step takes minutes
+    assert code == 130 and time.monotonic() - began < 2, output
     assert "once more ends it at once" in output and "interrupted twice" in output
 
 

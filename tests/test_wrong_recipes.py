@@ -44,14 +44,14 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """What the command tells of its user's error."""
-    started, wall = time.process_time(), time.monotonic()
+    started = time.monotonic()
     code = cli.main(argv)
     captured = capsys.readouterr()
     assert code == 2, captured
     assert captured.err.startswith("longnet: ")
     assert "Traceback" not in captured.out + captured.err
     assert not Path("runs").exists(), "nothing was started"
-    assert time.process_time() - started < 10 and time.monotonic() - wall < 100
+    assert time.monotonic() - started < 10
     return captured.err
 
 

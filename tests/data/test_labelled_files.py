@@ -195,9 +195,9 @@ def test_hidden_files_of_a_folder_are_left_out() -> None:
 
 def test_a_hundred_thousand_files_are_shared_out_in_seconds() -> None:
     many = [File(str(i), Path(str(i)), 100 + i % 50) for i in range(100_000)]
-    began = time.process_time()
+    began = time.monotonic()
     shared = shared_out(many)
-    assert time.process_time() - began < 20
+    assert time.monotonic() - began < 20
     assert len(shared["val"]) == pytest.approx(10_000, rel=0.01)
 
 

@@ -158,10 +158,10 @@ def pooled_any(m: Tensor, cell: int) -> Tensor:
 
 
 def test_a_very_long_sequence_takes_seconds() -> None:
-    began = time.process_time()
+    began = time.perf_counter()
     pattern = Dilated([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12])
     assert len(panels(pattern_figure(pattern, 16_384, 12))) == 8 * 6
-    assert time.process_time() - began < 20  # of processor time; 2.5 on an idle machine
+    assert time.perf_counter() - began < 60  # on a busy machine; 2.5 on an idle one
 
 
 @pytest.mark.parametrize("length", [0, 65_537])
