@@ -77,7 +77,7 @@ class ManyShot(AnswersSource):
                 f"data.seq_len: {seq_len:,} tokens hold {lines} lines of {self._line} bytes, expected 2 at least; use "
                 f"{2 * self._line - 1:,} or more"
             )
-        return [2**i for i in range((lines - 1).bit_length()) if 2**i < lines]
+        return [2**i for i in range((lines - 1).bit_length())]
 
     def example(self, index: int, rng: Random, seq_len: int) -> Example:
         classes = rng.randint(self._fewest, self._classes)

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".pdf", ".svg")
-AXES = {"steps": None, "tokens": "train/tokens", "flops": "train/flops", "seconds": "train/seconds"}
-"""What curves of training are drawn against, and the tag that says how much of it a step has seen."""
 GROUPS = "groups"
 """Against the N of `tag@N`: last values by distance, by examples before, or by length of the context."""
+AXES = {"steps": None, "tokens": "train/tokens", "flops": "train/flops", "seconds": "train/seconds", GROUPS: None}
+"""What curves are drawn against, and the tag that says how much of it a step has seen, where one is needed."""
 _STRETCHES, _LONG = 200, 800
 _FEW, _LEGEND_ROWS = 10, 25
 _DOTTED = 50
@@ -55,9 +55,8 @@ class Bands(NamedTuple):
 
 def check(plot: Path | None, against: str) -> None:
     """Raise ValueError where the file or the axis of a plot is none, before anything is read."""
-    known = [*AXES, GROUPS]
-    if against not in known:
-        raise ValueError(f"--against {against}: expected {', '.join(known)}; {typed.suggestion(against, known)}")
+    if against not in AXES:
+        raise ValueError(f"--against {against}: expected {', '.join(AXES)}; {typed.suggestion(against, AXES)}")
     if plot is None:
         return
     if plot.suffix.lower() not in SUFFIXES:
@@ -81,7 +80,7 @@ def draw(
     Raises:
         ValueError: there is nothing to draw, or the file cannot be written.
     """
-    axis, left_out, drawn = AXES.get(against), {}, []
+    axis, left_out, drawn = AXES[against], {}, []
     wanted = " or ".join(f"{tag}@N" if against == GROUPS else tag for tag in tags)
     for (label, run), name in zip(runs, legend, strict=True):
         seen = None if axis is None else run.metrics.series(axis)
