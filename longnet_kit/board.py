@@ -9,6 +9,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from longnet_kit import runs
+from longnet_kit.errors import UserError
 
 LOOKING = 0.5
 """Seconds between looks for a Ctrl-C: one that another thread took in the kernel does not end a wait of this one."""
@@ -23,7 +24,7 @@ def serve(directory: Path, host: str = "localhost", port: int | None = None) -> 
         port: None for the first free one from 6006, 0 for any free one.
 
     Raises:
-        ValueError: there is no such directory, or the port cannot be had.
+        UserError: there is no such directory, or the port cannot be had.
     """
     address, found = start(directory, host, port)
     runs_found = f"{found} run{'' if found == 1 else 's'}"
@@ -42,14 +43,14 @@ def start(directory: Path, host: str = "localhost", port: int | None = None) -> 
         Its address, and how many runs there are.
 
     Raises:
-        ValueError: as `serve`.
+        UserError: as `serve`.
     """
     from tensorboard import program
 
     if not directory.is_dir():
-        raise ValueError(f"{directory}: no such directory; train a run first, or give a folder of run directories")
+        raise UserError(f"{directory}: no such directory; train a run first, or give a folder of run directories")
     if port is not None and not 0 <= port < 2**16:
-        raise ValueError(f"--port: {port} is no port; give a number from 0 to 65535")
+        raise UserError(f"--port: {port} is no port; give a number from 0 to 65535")
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     server = program.TensorBoard()
     wanted = [] if port is None else [f"--port={port}"]
@@ -61,5 +62,5 @@ def start(directory: Path, host: str = "localhost", port: int | None = None) -> 
     except (program.TensorBoardServerException, SystemExit) as error:
         why = getattr(error, "msg", "") or said.getvalue().strip().rpartition("\n")[2]
         where = host if port is None else f"{host}, port {port}"
-        raise ValueError(f"TensorBoard does not start on {where}: {why}") from error
+        raise UserError(f"TensorBoard does not start on {where}: {why}") from error
     return address, sum(1 for _ in directory.rglob(runs.RECIPE))

@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from longnet_kit import durable
+from longnet_kit.errors import UserError
 
 CHECKSUM = ".sha256"
 """What the name of a checkpoint's checksum ends in; `sha256sum --check` reads the file."""
@@ -97,7 +98,7 @@ def damage(checkpoint: Path) -> str:
     They are held against the checksum beside the file, or, where there is none, against those inside it.
 
     Raises:
-        ValueError: it cannot be read now, which says nothing about it.
+        UserError: it cannot be read now, which says nothing about it.
     """
     try:
         file = checkpoint.resolve(strict=True)
@@ -106,7 +107,7 @@ def damage(checkpoint: Path) -> str:
     except FileNotFoundError:
         return "there is no such file"
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} cannot be read ({error.strerror or error}); mend the disk or the permissions, then try again"
         ) from error
 

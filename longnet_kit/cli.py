@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from longnet_kit import cli_arguments
+from longnet_kit.errors import UserError
 
 DONE, FAULT, USER_ERROR, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 
@@ -75,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is buffered still would be written at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
-    except ValueError as error:
-        if not _is_ours(error):
-            raise
+    except UserError as error:
         print(f"longnet: {error}", file=sys.stderr)
         return USER_ERROR
     except RuntimeError as error:
@@ -261,16 +260,6 @@ def _ended_in_training(error: Exception) -> int | None:
     if was_started_by_a_rank():
         return DONE  # the rank that started this one ends the job with the code; a code of ours would have it killed
     return 128 + error.signum if isinstance(error, Interrupted) else FAULT
-
-
-def _is_ours(error: ValueError) -> bool:
-    """Whether the kit raised the error, which then says what the user did; a library's own is a fault."""
-    if type(error).__module__.startswith("longnet_kit."):
-        return True  # one of our own may have been raised again by others, like those of a data loader's process
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("longnet_kit.")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import longnet_kit
 from longnet_kit import typed
+from longnet_kit.errors import UserError
 from longnet_kit.inference import CHUNK
 
 VERBS = (
@@ -16,7 +17,7 @@ VERBS = (
 )  # fmt: skip
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """Arguments that the command does not take."""
 
 

@@ -25,6 +25,7 @@ from longnet_kit import (
     trainers,
     weights,
 )
+from longnet_kit.errors import UserError
 from longnet_kit.recipe import Recipe
 from longnet_kit.trainers import say, si
 
@@ -38,7 +39,7 @@ def build_task(r: Recipe) -> LightningModule:
     """The recipe's LightningModule; its `.model` is the bare network.
 
     Raises:
-        ValueError: the model cannot be built, or the weights of `init_from` do not fit it.
+        UserError: the model cannot be built, or the weights of `init_from` do not fit it.
     """
     precision = placement.precision(r)
     task_class: Any = tasks.registry.get(r.task)
@@ -59,7 +60,7 @@ def run(r: Recipe) -> Path:
         The run directory.
 
     Raises:
-        ValueError: the recipe, its data or its checkpoint cannot be used. Nothing was trained then.
+        UserError: the recipe, its data or its checkpoint cannot be used. Nothing was trained then.
     """
     listener = signals.Listener()
     trainer = trainers.build(r, fitting.watchers(r, listener))
@@ -92,7 +93,7 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
         Every metric by its tag; they are printed too.
 
     Raises:
-        ValueError: there is no run or no checkpoint, or its data cannot be used.
+        UserError: there is no run or no checkpoint, or its data cannot be used.
     """
     path = Path(path)
     if not path.is_dir():
@@ -147,7 +148,7 @@ def _built_by_the_first(r: Recipe, datamodule: LightningDataModule) -> Lightning
     if place.ckpt is not None and not place.is_finished:
         step = weights.check_resumable(task.model, place.ckpt)  # type: ignore[arg-type]
         if place.directory is None and step >= r.trainer["max_steps"]:
-            raise ValueError(
+            raise UserError(
                 f"resume: {place.ckpt} has done {step} steps, and trainer.max_steps is {r.trainer['max_steps']}; "
                 f"set it above {step} to train on from there"
             )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import longnet_kit
 from longnet_kit import durable, recipe, runs, typed, weights
+from longnet_kit.errors import UserError
 from longnet_kit.report import table
 
 
@@ -31,11 +32,11 @@ def export(run: str | Path, output: str | Path, checkpoint: str | Path | None = 
         The file.
 
     Raises:
-        ValueError: there is no run or no such checkpoint, it is damaged, or the file cannot be written.
+        UserError: there is no run or no such checkpoint, it is damaged, or the file cannot be written.
     """
     output = Path(output)
     if output.suffix != weights.EXPORTED:
-        raise ValueError(f"output {output}: the name must end in {weights.EXPORTED}")
+        raise UserError(f"output {output}: the name must end in {weights.EXPORTED}")
     table.check_place("output", output)
     path = _find(Path(run), None if checkpoint is None else Path(checkpoint))
     directory = runs.of_checkpoint(path)
@@ -56,7 +57,7 @@ def export(run: str | Path, output: str | Path, checkpoint: str | Path | None = 
 def _find(run: Path, checkpoint: Path | None) -> Path:
     """The checkpoint that is meant."""
     if run.suffix == ".ckpt":
-        raise ValueError(f"{run} is a checkpoint; give the run that it is of, and --checkpoint {run}")
+        raise UserError(f"{run} is a checkpoint; give the run that it is of, and --checkpoint {run}")
     if not run.is_dir():
         run = runs.ROOT / recipe.load(run).name
     newest = runs.checkpoint(runs.find(run))
@@ -68,17 +69,17 @@ def _find(run: Path, checkpoint: Path | None) -> Path:
         if path.resolve() == checkpoint.resolve():
             return path
     hint = typed.suggestion(str(checkpoint), map(str, there))
-    raise ValueError(f"--checkpoint {checkpoint}: it is no checkpoint of {run}; {hint}")
+    raise UserError(f"--checkpoint {checkpoint}: it is no checkpoint of {run}; {hint}")
 
 
 def _weights(path: Path, saved: dict[str, Any]) -> dict[str, Tensor]:
     """The network's tensors, each in memory of its own."""
     tensors = {k.removeprefix("model."): x for k, x in saved["state_dict"].items() if k.startswith("model.")}
     if not tensors or "global_step" not in saved:
-        raise ValueError(f"{path} is no checkpoint that a run wrote: it holds no weights of a model, or not their step")
+        raise UserError(f"{path} is no checkpoint that a run wrote: it holds no weights of a model, or not their step")
     other = [name for name, x in tensors.items() if not isinstance(x, Tensor)]
     if other:
-        raise ValueError(f"{path} holds something that is no tensor in {', '.join(other)}; such a file cannot hold it")
+        raise UserError(f"{path} holds something that is no tensor in {', '.join(other)}; such a file cannot hold it")
     owners: dict[int, str] = {}
     for name, x in tensors.items():
         is_first = owners.setdefault(x.untyped_storage().data_ptr(), name) == name
@@ -95,6 +96,6 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], output: Path) -
             staged.chmod(mode)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(
+        raise UserError(
             f"output {output}: cannot be written ({reason}); name a file in a folder that can be"
         ) from error

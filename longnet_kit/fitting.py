@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from longnet_kit import callbacks, checkpoint_io, durable, out_of_memory, recipe, resume, run_lock, runs, signals
+from longnet_kit.errors import UserError
 from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
 from longnet_kit.trainers import lightning_errors, progress, say, si
@@ -108,9 +109,9 @@ def fit(
     except Exception as error:
         if out_of_memory.is_out_of_memory(error):
             if trainer.world_size > 1:
-                raise ValueError("memory ran out, see above") from error
-            raise ValueError(out_of_memory.advice(r, error, trainer.global_step + 1)) from error
-        refused = isinstance(error, ValueError) and place.is_new and trainer.global_step <= first_step
+                raise UserError("memory ran out, see above") from error
+            raise UserError(out_of_memory.advice(r, error, trainer.global_step + 1)) from error
+        refused = isinstance(error, UserError) and place.is_new and trainer.global_step <= first_step
         if refused and trainer.is_global_zero:
             runs.discard(directory)
         raise
@@ -164,7 +165,7 @@ def _writing_to(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(f"{directory} cannot be written ({reason}); make room there, or allow writing") from error
+        raise UserError(f"{directory} cannot be written ({reason}); make room there, or allow writing") from error
 
 
 def _validations(rows: Rows) -> dict[int, float]:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from longnet_kit.errors import UserError
+
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -82,7 +84,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
     Its `.model` is the bare network, whose embedding is the head, so no weight is stored twice.
 
     Raises:
-        ValueError: settings that do not go together, see `longnet_kit.model.Transformer`.
+        UserError: settings that do not go together, see `longnet_kit.model.Transformer`.
     """
 
     config_class = LongNetConfig
@@ -92,7 +94,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__(config)
         if not config.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings is False, and this model's embedding is its head; leave it out")
+            raise UserError("tie_word_embeddings is False, and this model's embedding is its head; leave it out")
         options = {name: getattr(config, name) for name in _NETWORK}
         self.model = Transformer(**options, compute_dtype=torch.get_default_dtype())
         self.post_init()
@@ -105,11 +107,11 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             source: a run directory, runs/<name>, a recipe, or a file of `longnet export`, as of `network.load`.
 
         Raises:
-            ValueError: there is no such network, or it is no causal language model.
+            UserError: there is no such network, or it is no causal language model.
         """
         trained = network.load(source, device="cpu")
         if not isinstance(trained.network, Transformer) or not trained.network.causal:
-            raise ValueError(f"{source} is no causal language model, and this class is for one; give a run that is")
+            raise UserError(f"{source} is no causal language model, and this class is for one; give a run that is")
         settings = {name: trained.network.config[name] for name in _NETWORK}
         eos = trained.tokenizer.eos
         config = LongNetConfig(**settings, eos_token_id=eos, kit_tokenizer=trained.recipe.data.tokenizer)
@@ -122,7 +124,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         """As of `transformers.PreTrainedModel`, but that weights which do not fit are never drawn anew.
 
         Raises:
-            ValueError: the files lack weights of this network, hold others, or some are of another shape.
+            UserError: the files lack weights of this network, hold others, or some are of another shape.
         """
         options = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # or it names none of them
         model, told = cast(Any, super().from_pretrained(*args, **options))
@@ -133,7 +135,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         for words, found in lists.items():
             if found:
                 more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-                raise ValueError(
+                raise UserError(
                     f"weights {words}: {', '.join(sorted(found)[:3])}{more}; is this a model of longnet_kit?"
                 )
         return (model, told) if output_loading_info else model
@@ -169,15 +171,15 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             loss, logits (B, N, V), cache: those that there are.
 
         Raises:
-            ValueError: something of this cannot be had.
+            UserError: something of this cannot be had.
         """
         if output_attentions or output_hidden_states:
-            raise ValueError(
+            raise UserError(
                 "output_attentions and output_hidden_states are not to be had; the attention's maps are, from "
                 "model.model.attention_backends[i].attention_map"
             )
         if given := [name for name, value in others.items() if value is not None]:
-            raise ValueError(f"{', '.join(given)}: this model takes none; it reads input_ids, from position 0 on")
+            raise UserError(f"{', '.join(given)}: this model takes none; it reads input_ids, from position 0 on")
         if use_cache and cache is None:
             cache = self.new_cache(len(input_ids))
         if cache is None:
@@ -185,15 +187,15 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             hidden = self.model.hidden(input_ids, key_padding_mask=mask)
         else:
             if not isinstance(cache, LongNetCache):
-                raise ValueError(f"cache is a {type(cache).__name__}; make one with the model's new_cache(batch_size)")
+                raise UserError(f"cache is a {type(cache).__name__}; make one with the model's new_cache(batch_size)")
             if labels is not None:
-                raise ValueError("with a cache nothing is trained; give labels without one, and use_cache=False")
+                raise UserError("with a cache nothing is trained; give labels without one, and use_cache=False")
             if attention_mask is not None:
                 _check_whole(attention_mask)
             hidden = self.model.hidden(input_ids, cache=cache.stream)
         is_part = isinstance(logits_to_keep, Tensor) or logits_to_keep > 0
         if labels is not None and is_part:
-            raise ValueError(f"logits_to_keep is {logits_to_keep}, and labels need them all; give one of the two")
+            raise UserError(f"logits_to_keep is {logits_to_keep}, and labels need them all; give one of the two")
         places = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
         logits = nn.functional.linear(hidden[:, places], self.model.embedding.weight)
         loss = None if labels is None else _loss(logits, labels, num_items_in_batch)
@@ -220,7 +222,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Make the cache that `generate` runs on, in place of transformers' own kinds."""
         if (kind := generation_config.cache_implementation) is not None:
-            raise ValueError(f"cache_implementation is {kind!r}, and this model has a cache of its own; leave it out")
+            raise UserError(f"cache_implementation is {kind!r}, and this model has a cache of its own; leave it out")
         if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
             rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             model_kwargs["cache"] = self.new_cache(rows, max(MAX_TOKENS, max_cache_length))
@@ -243,13 +245,13 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
 def _padding(attention_mask: Tensor, input_ids: Tensor) -> Tensor | None:
     """The network's mask, (B, N) bool; None where all tokens are real."""
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(
+        raise UserError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, expected that of input_ids, "
             f"{tuple(input_ids.shape)}: 1 where the token is real"
         )
     mask = attention_mask.bool()
     if (mask[:, 1:] & ~mask[:, :-1]).any():
-        raise ValueError(
+        raise UserError(
             "attention_mask has padding before a real token, which would shift the segments of the attention; pad on "
             "the right: tokenizer.padding_side = 'right'"
         )
@@ -257,9 +259,9 @@ def _padding(attention_mask: Tensor, input_ids: Tensor) -> Tensor | None:
 
 
 def _check_whole(attention_mask: Tensor) -> None:
-    """Raise a ValueError where texts that are to be continued together are padded."""
+    """Raise a UserError where texts that are to be continued together are padded."""
     if not attention_mask.all():
-        raise ValueError(
+        raise UserError(
             "attention_mask has padding, and texts that are continued together stand at one position, since padding "
             "would shift the segments of the attention; give prompts of one length, one at a time, or to "
             "longnet_kit.inference.generate.generate, which takes any lengths"
@@ -269,7 +271,7 @@ def _check_whole(attention_mask: Tensor) -> None:
 def _loss(logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
     """Mean -log p of the next token, or its sum over `items`, in float32 at least."""
     if labels.shape != logits.shape[:2]:
-        raise ValueError(
+        raise UserError(
             f"labels has shape {tuple(labels.shape)}, expected that of input_ids, {tuple(logits.shape[:2])}"
         )
     exact = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from longnet_kit.errors import UserError
 from longnet_kit.model.cache import StreamCache
 
 
@@ -31,13 +32,13 @@ class LongNetCache(Cache):
         """Let stream i go on from the past of stream `beam_idx[i]`; (batch,) integers.
 
         Raises:
-            ValueError: the attention backend's cache does not say which stream its entries are of.
+            UserError: the attention backend's cache does not say which stream its entries are of.
         """
         for layer in self.stream.layers:
             state = layer.state_dict()
             entries = state.get("entries")
             if not isinstance(entries, Tensor) or entries.shape[1] != self.stream.batch_size:
-                raise ValueError(
+                raise UserError(
                     f"beam search reorders the cache, and {type(layer).__name__} cannot be; use num_beams=1"
                 )
             layer.load_state_dict({**state, "entries": entries.index_select(1, beam_idx.to(entries.device))})
@@ -71,4 +72,4 @@ class LongNetCache(Cache):
         self._refuse("is for a fixed number of streams")
 
     def _refuse(self, reason: str) -> NoReturn:
-        raise ValueError(f"a LongNetCache {reason}; make a new one with the model's new_cache(batch_size)")
+        raise UserError(f"a LongNetCache {reason}; make a new one with the model's new_cache(batch_size)")

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 
 from longnet_kit import parallel
+from longnet_kit.errors import UserError
 from longnet_kit.recipe import Recipe
 
 
@@ -49,11 +50,11 @@ def check_world(r: Recipe) -> None:
     """Refuse to be one of more or fewer processes than the recipe has devices: they would be runs of their own.
 
     Raises:
-        ValueError: this process was started as one of another number.
+        UserError: this process was started as one of another number.
     """
     world, wanted = os.environ.get("WORLD_SIZE", ""), devices(r)
     if "LOCAL_RANK" in os.environ and world.isdigit() and int(world) != wanted:
-        raise ValueError(
+        raise UserError(
             f"trainer.devices: the recipe is for {wanted} devices in all (devices x num_nodes), and this job has "
             f"{world} processes; set trainer.devices to those of a node and trainer.num_nodes, or start as many"
         )

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
+from longnet_kit.errors import UserError
+
 
 def load(entry: str, folders: Sequence[Path] = ()) -> str:
     """Import one entry.
@@ -28,14 +30,14 @@ def load(entry: str, folders: Sequence[Path] = ()) -> str:
         The entry by which the module is found without `folders`, for the resolved recipe.
 
     Raises:
-        ValueError: there is no such module, or importing it failed; the message says where it was looked for, or what
+        UserError: there is no such module, or importing it failed; the message says where it was looked for, or what
             its code raised.
     """
     folder, _, module = entry.rpartition("/")
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module) or module.endswith(".py"):
         bare = entry.removesuffix(".py")
         hint = f"; write {bare}" if bare != entry else ""
-        raise ValueError(f"got {entry!r}, expected the name of a Python module, or folder/module{hint}")
+        raise UserError(f"got {entry!r}, expected the name of a Python module, or folder/module{hint}")
     places = [*folders, Path()]
     if folder:
         places = [place / folder for place in (Path(), *folders)]
@@ -43,11 +45,11 @@ def load(entry: str, folders: Sequence[Path] = ()) -> str:
     top = module.partition(".")[0]
     spec = PathFinder.find_spec(top, [str(place) for place in places])
     if folder and spec is None:
-        raise ValueError(f"there is no module {module!r} in {' or '.join(map(str, places))}")
+        raise UserError(f"there is no module {module!r} in {' or '.join(map(str, places))}")
     origin = _location(spec)
     loaded = sys.modules.get(top)
     if origin is not None and loaded is not None and _location(loaded.__spec__) != origin:
-        raise ValueError(
+        raise UserError(
             f"got {entry!r}, which is {origin}, but a module of that name is loaded already (from "
             f"{_location(loaded.__spec__) or 'the interpreter'}); rename yours"
         )
@@ -55,7 +57,7 @@ def load(entry: str, folders: Sequence[Path] = ()) -> str:
         try:
             importlib.import_module(module)
         except (Exception, SystemExit) as error:
-            raise ValueError(_failure(entry, module, error, places)) from error
+            raise UserError(_failure(entry, module, error, places)) from error
     if origin is None or origin.parent == Path().resolve():
         return module if origin is None or not folder else entry
     return f"{_short(origin.parent)}/{module}"

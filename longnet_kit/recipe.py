@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from longnet_kit import interpolation, plugins, recipe_files, runs, shipped, typed
+from longnet_kit.errors import UserError
 from longnet_kit.recipe_files import Layer
 from longnet_kit.recipe_schema import (
     SECTIONS,
@@ -39,7 +40,7 @@ __all__ = [
 Values = dict[str, Any]
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe that cannot be used; `problems` are all reasons, and the message has each on a line of its own."""
 
     def __init__(self, subject: str, problems: Sequence[Problem | typed.Problem]) -> None:
@@ -177,7 +178,7 @@ def _at(values: Values, path: str) -> Values:
 def _find(path: str | Path) -> Path:
     try:
         return shipped.find(path)
-    except ValueError as error:
+    except UserError as error:
         if Path(path).is_dir():
             return Path(path)  # told of when it is read
         raise RecipeError(str(path), [Problem("", "", str(error))]) from error
@@ -197,7 +198,7 @@ def _import(merged: Values, layers: Iterable[Layer]) -> list[typed.Problem]:
             continue
         try:
             entries[i] = plugins.load(entry, folders)
-        except ValueError as error:
+        except UserError as error:
             problems.append(typed.Problem(f"imports[{i}]", str(error)))
     return problems
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from longnet_kit import recipe_schema as schema
 from longnet_kit import recipe_together, typed
+from longnet_kit.errors import UserError
 from longnet_kit.recipe_strategy import mapping_at
 from longnet_kit.typed import Problem, join
 
@@ -177,7 +178,7 @@ def _construction_problems(construct: Callable[[], Any], key: str) -> list[Probl
         warnings.simplefilter("ignore")  # building the model says it again
         try:
             construct()
-        except ValueError as error:
+        except UserError as error:
             return [Problem(key, str(error).removeprefix(f"{key}: "))]
     return []
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from longnet_kit import typed
+from longnet_kit.errors import UserError
 from longnet_kit.recipe_yaml import DEPTH, Excess, Problem, Reader, reason
 from longnet_kit.recipe_yaml import place as place_of
 
@@ -119,7 +120,7 @@ def parse_dotlist(items: Sequence[str]) -> tuple[Layer, list[Problem]]:
         try:
             _check_path(key, bool(equals), item)
             value = reader.read(text, key)
-        except ValueError as error:
+        except UserError as error:
             problems.append(Problem(key if equals else "", COMMAND_LINE, str(error)))
             continue
         except yaml.YAMLError as error:
@@ -136,20 +137,20 @@ def parse_dotlist(items: Sequence[str]) -> tuple[Layer, list[Problem]]:
 
 
 def _check_path(key: str, has_value: bool, item: str) -> None:
-    """Raise a ValueError unless `key` is a dotted path that a value can be given to."""
+    """Raise a UserError unless `key` is a dotted path that a value can be given to."""
     if not has_value:
-        raise ValueError(f"got {item!r}, expected key.path=value, like model.layers=2")
+        raise UserError(f"got {item!r}, expected key.path=value, like model.layers=2")
     if key.count(".") >= DEPTH:
-        raise ValueError(f"has more than {DEPTH} names with dots between them")
+        raise UserError(f"has more than {DEPTH} names with dots between them")
     if key == "extends":
-        raise ValueError("only a recipe file can extend another; name that recipe in place of this one")
+        raise UserError("only a recipe file can extend another; name that recipe in place of this one")
     if "[" in key or re.search(r"\.\d+(\.|$)", key):
         whole = re.split(r"\[|\.\d", key)[0]
-        raise ValueError(f"the items of a list have no keys; give the whole list, like '{whole}=[1, 2]'")
+        raise UserError(f"the items of a list have no keys; give the whole list, like '{whole}=[1, 2]'")
     if not re.fullmatch(r"\w+(\.\w+)*", key):
         bare = re.sub(r"^[-+~]+", "", key)
         hint = f"; write {bare}=..." if re.fullmatch(r"\w+(\.\w+)*", bare) else ", like model.layers=2"
-        raise ValueError(f"got the key {key!r}, expected names with dots between them{hint}")
+        raise UserError(f"got the key {key!r}, expected names with dots between them{hint}")
 
 
 def _assign(values: dict[str, Any], path: Sequence[str], value: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from longnet_kit import recipe_schema as schema
 from longnet_kit import typed
+from longnet_kit.errors import UserError
 from longnet_kit.typed import Problem
 
 Values = dict[str, Any]
@@ -74,7 +75,7 @@ def _shard_problems(values: Values, seq_len: int, size: int) -> list[Involving]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             backend = attention.build(config)
-    except ValueError:
+    except UserError:
         return []  # told of by itself
     if not heads:
         return []

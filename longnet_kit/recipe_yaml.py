@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from longnet_kit import typed
+from longnet_kit.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ VALUES = 10_000
 _DIGITS = 1000
 
 
-class Excess(ValueError):
+class Excess(UserError):
     """A document that is larger than any recipe."""
 
 

@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any, Generic, TypeVar, cast
 
 from longnet_kit import typed
+from longnet_kit.errors import UserError
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -36,12 +37,12 @@ class Registry(Generic[T]):
         self._entry_points_loaded = False
 
     def register(self, name: str) -> Callable[[C], C]:
-        """A class decorator that enters the class under `name`; ValueError when the name is taken."""
+        """A class decorator that enters the class under `name`; UserError when the name is taken."""
 
         def enter(cls: C) -> C:
             if name in self._classes:
                 taken = self._classes[name]
-                raise ValueError(
+                raise UserError(
                     f"{self.kind} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}; "
                     f"choose another name for {cls.__module__}.{cls.__qualname__}"
                 )
@@ -57,10 +58,10 @@ class Registry(Generic[T]):
         return sorted(usable, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
 
     def get(self, name: str) -> type[T]:
-        """The class under `name`; ValueError that names the nearest one, or says why it is broken."""
+        """The class under `name`; UserError that names the nearest one, or says why it is broken."""
         refusal = self.refusal(name)
         if refusal:
-            raise ValueError(refusal)
+            raise UserError(refusal)
         return self._classes[name]
 
     def refusal(self, name: str) -> str:
@@ -83,16 +84,24 @@ class Registry(Generic[T]):
             return [typed.Problem(typed.join(key, self.selector), f"missing; expected one of {known}")]
         try:
             cls = self.get(name)
-        except ValueError as error:
+        except UserError as error:
             return [typed.Problem(typed.join(key, self.selector), str(error))]
         return typed.argument_problems(cls, self._arguments(config), key)
 
     def build(self, config: Mapping[str, Any]) -> T:
-        """Construct the class that `config` names with the rest of it; ValueError lists everything wrong with it."""
+        """Construct the class that `config` names with the rest of it; UserError lists everything wrong with it."""
         found = self.problems(config)
         if found:
-            raise ValueError(f"{self.kind} {config.get(self.selector)!r}: " + "; ".join(map(str, found)))
-        return self.get(config[self.selector])(**self._arguments(config))
+            raise UserError(f"{self.kind} {config.get(self.selector)!r}: " + "; ".join(map(str, found)))
+        cls = self.get(config[self.selector])
+        try:
+            return cls(**self._arguments(config))
+        except UserError:
+            raise
+        except ValueError as error:
+            if cls.__module__.startswith("longnet_kit."):
+                raise
+            raise UserError(str(error)) from error  # a plug-in refuses a value in the way that Python classes do
 
     def _arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in config.items() if key != self.selector}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from longnet_kit import checkpoint_io, recipe, runs
 from longnet_kit.dotted import leaves
+from longnet_kit.errors import UserError
 from longnet_kit.recipe import Recipe
 
 FREE_ON_RESUME = (
@@ -41,7 +42,7 @@ def find(r: Recipe) -> Place:
     """Where a recipe's run goes on, by its `resume`; a checkpoint that this names is not looked into.
 
     Raises:
-        ValueError: there is nothing to resume, or it was trained under another recipe.
+        UserError: there is nothing to resume, or it was trained under another recipe.
     """
     if r.resume is None:
         return Place()
@@ -62,18 +63,18 @@ def at(r: Recipe, directory: Path) -> Place:
     """How far a recipe's run has come in a run directory; the newest checkpoints do not count if they are damaged.
 
     Raises:
-        ValueError: it was trained under another recipe, or for longer, or all its checkpoints are damaged.
+        UserError: it was trained under another recipe, or for longer, or all its checkpoints are damaged.
     """
     _check_same(r, directory)
     is_finished, found = _is_finished(directory, r), runs.checkpoints(directory)
     sound = next((ckpt for ckpt in reversed(found) if not checkpoint_io.damage(ckpt)), None)
     if found and sound is None and not is_finished:
-        raise ValueError(
+        raise UserError(
             f"resume: all checkpoints of {directory} are damaged; to start it again from scratch, remove its "
             f"{runs.CHECKPOINTS}/, or leave it as it is and train without resume"
         )
     if sound is not None and runs.step_of(sound) > r.trainer["max_steps"]:
-        raise ValueError(
+        raise UserError(
             f"resume: {sound} has done more than the {r.trainer['max_steps']} steps of trainer.max_steps; set it to "
             f"at least {runs.step_of(sound)}"
         )
@@ -116,7 +117,7 @@ def _check_same(r: Recipe, run_directory: Path) -> None:
     ]
     if changed:
         allowed = ", ".join(".".join(key) for key in FREE_ON_RESUME)
-        raise ValueError(
+        raise UserError(
             f"resume: {run_directory} was trained under another recipe ({'; '.join(changed)}); only {allowed} may "
             "change. Set them back, or start a new run with init_from"
         )

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from longnet_kit.errors import UserError
+
 if sys.platform != "win32":
     import fcntl
 
@@ -32,13 +34,13 @@ def hold(directory: Path) -> Iterator[str]:
         A note for the user where the filesystem refuses locks; empty where it does not.
 
     Raises:
-        ValueError: another run holds it.
+        UserError: another run holds it.
     """
     path, descriptor, note = directory / LOCK, None, ""
     try:
         descriptor = _locked(path)
     except BlockingIOError:
-        raise ValueError(_refusal(directory, _words(path))) from None
+        raise UserError(_refusal(directory, _words(path))) from None
     except OSError as error:
         reason = error.strerror or str(error)
         note = f"{directory} cannot be locked ({reason}); see to it yourself that no other run goes on there"
@@ -78,10 +80,10 @@ def check_free(directory: Path) -> None:
     """Refuse a run directory that somebody holds.
 
     Raises:
-        ValueError: a run goes on there.
+        UserError: a run goes on there.
     """
     if words := holder(directory):
-        raise ValueError(_refusal(directory, words))
+        raise UserError(_refusal(directory, words))
 
 
 def try_lock(descriptor: int) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from longnet_kit import durable
+from longnet_kit.errors import UserError
 
 ROOT = Path("runs")
 RECIPE, SUMMARY, METRICS, CHECKPOINTS = "recipe.yaml", "summary.json", "metrics.csv", "checkpoints"
@@ -26,13 +27,13 @@ def claim(name: str, root: Path = ROOT) -> Path:
     """Make the next free runs/<name>/version_<n>; two processes never get the same one.
 
     Raises:
-        ValueError: the folder cannot be made.
+        UserError: the folder cannot be made.
     """
     parent = root / name
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file of that name is there, or nothing may be written
-        raise ValueError(
+        raise UserError(
             f"{parent}: cannot make this folder for the run ({error.strerror}); rename what is in its way, or start "
             "from a working directory where runs/ can be written"
         ) from error
@@ -55,7 +56,7 @@ def find(path: Path) -> Path:
     """The run directory that `path` means: itself, or its newest version that has a checkpoint, if one has.
 
     Raises:
-        ValueError: there is no run there.
+        UserError: there is no run there.
     """
     if (path / RECIPE).is_file():
         return path
@@ -64,7 +65,7 @@ def find(path: Path) -> Path:
         return next((d for d in reversed(started) if checkpoints(d)), started[-1])
     present = sorted(str(d.parent) for d in path.parent.glob(f"**/{RECIPE}")) if path.parent.is_dir() else []
     hint = f"; there are: {', '.join(present)}" if present else ""
-    raise ValueError(
+    raise UserError(
         f"{path}: no run here (no {RECIPE}, no version_<n> that has one); give a directory like "
         f"{ROOT}/quickstart/version_0, or train one with `longnet fit`{hint}"
     )
@@ -104,11 +105,11 @@ def checkpoint(run: Path) -> Path:
     """The newest checkpoint of a run, by its step.
 
     Raises:
-        ValueError: the run has none.
+        UserError: the run has none.
     """
     found = checkpoints(run)
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{run}: the run has no checkpoint in {CHECKPOINTS}/; let it train for longer, or start it again"
         )
     return found[-1]

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from longnet_kit import typed
+from longnet_kit.errors import UserError
 
 SUFFIX = ".yaml"
 
@@ -34,7 +35,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     A path that exists wins over a short name, so that a user's own `quickstart.yaml` is not passed over.
 
     Raises:
-        ValueError: there is neither; the message names the nearest shipped recipe, or all of them.
+        UserError: there is neither; the message names the nearest shipped recipe, or all of them.
     """
     path = Path(name_or_path)
     if path.is_file():
@@ -44,5 +45,5 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     if name in shipped:
         return recipes_dir() / (name + SUFFIX)
     if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder; expected a recipe file or the name of a shipped recipe")
-    raise ValueError(f"no recipe {str(path)!r}: neither a file nor a shipped recipe; {typed.suggestion(name, shipped)}")
+        raise UserError(f"{str(path)!r} is a folder; expected a recipe file or the name of a shipped recipe")
+    raise UserError(f"no recipe {str(path)!r}: neither a file nor a shipped recipe; {typed.suggestion(name, shipped)}")

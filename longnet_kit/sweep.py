@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from longnet_kit import recipe, resume, run_lock, runs, shipped, sweep_grid, sweep_view
+from longnet_kit.errors import UserError
 from longnet_kit.recipe import Recipe
 from longnet_kit.sweep_child import Child, Signals, Tail, open_log
 from longnet_kit.sweep_grid import Cell, Grid
@@ -62,7 +63,7 @@ def sweep(paths: str | Sequence[str], items: Sequence[str]) -> int:
         The exit code: 0 if all runs are finished, else 1.
 
     Raises:
-        ValueError: the grid or a cell's recipe cannot be used; nothing was started then.
+        UserError: the grid or a cell's recipe cannot be used; nothing was started then.
         KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came. The run that went on then has ended.
     """
     cells = _of_all(_recipes([paths] if isinstance(paths, str) else paths), sweep_grid.parse(items))
@@ -129,7 +130,7 @@ class _Sweep:
                 return outcome
             why = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
             lines = tail.last_lines(ERROR_LINES)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             lines = [str(error)]
         self._say("\n    ".join([f"failed ({why}); its log is {run.log}", *lines]))
         return FAILED
@@ -203,17 +204,17 @@ def _recipes(paths: Sequence[str]) -> list[str]:
             continue
         files = sorted(str(file) for file in Path(path).glob(f"*{shipped.SUFFIX}"))
         if not files:
-            raise ValueError(f"{path} is a folder without recipes (*{shipped.SUFFIX})")
+            raise UserError(f"{path} is a folder without recipes (*{shipped.SUFFIX})")
         found += files
     return found
 
 
 def _of_all(paths: Sequence[str], grid: Grid) -> list[Run]:
-    """The runs of every recipe, one recipe after the other; a ValueError tells of all recipes that cannot be swept."""
+    """The runs of every recipe, one recipe after the other; a UserError tells of all recipes that cannot be swept."""
     if len(paths) == 1:
         return _runs(paths[0], grid)
     if grid.name is not None:
-        raise ValueError(
+        raise UserError(
             f"name: got {grid.name!r} for {len(paths)} recipes; each has a name of its own, so leave it out"
         )
     found: dict[str, list[Run]] = {}
@@ -221,14 +222,14 @@ def _of_all(paths: Sequence[str], grid: Grid) -> list[Run]:
     for path in paths:
         try:
             own = _runs(path, grid)
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
             continue
         if twice := [path for path, others in found.items() if others[0].log == own[0].log]:
             problems.append(f"{twice[0]} and {path} have the same name, so their runs would be the same; rename one")
         found[path] = [replace(run, cell=replace(run.cell, label=_label(path, run.cell))) for run in own]
     if problems:
-        raise ValueError("\n  ".join(problems if len(problems) == 1 else [f"{len(problems)} problems", *problems]))
+        raise UserError("\n  ".join(problems if len(problems) == 1 else [f"{len(problems)} problems", *problems]))
     return [run for own in found.values() for run in own]
 
 
@@ -239,28 +240,28 @@ def _label(path: str, cell: Cell) -> str:
 
 
 def _runs(path: str, grid: Grid) -> list[Run]:
-    """The run of every cell; a ValueError tells of all cells that cannot be one."""
+    """The run of every cell; a UserError tells of all cells that cannot be one."""
     named = [] if grid.name is None else [f"name={json.dumps(grid.name)}"]
     recipes: list[Recipe] = []
     wrong: dict[str, list[str]] = {}
     for cell in grid.cells():
         try:
             recipes.append(recipe.load(path, [*cell.items, *named, "resume=auto"]))
-        except ValueError as error:
+        except UserError as error:
             wrong.setdefault(str(error), []).append(cell.label)
     _complain(wrong, len(recipes))
     base = f"{recipes[0].name}_sweep"
     room = sweep_grid.NAME_LENGTH - len(base) - 1
     if room <= sweep_grid.HASH_LENGTH:
         longest = sweep_grid.NAME_LENGTH - len("_sweep_") - sweep_grid.HASH_LENGTH - 1
-        raise ValueError(f"name: {base!r} leaves no room for the cells; give the sweep a name of at most {longest}")
+        raise UserError(f"name: {base!r} leaves no room for the cells; give the sweep a name of at most {longest}")
     found = []
     for cell, r in zip(grid.cells(room), recipes, strict=True):
         name = f"{base}_{cell.name}"
         found.append(Run(cell, replace(r, name=name), runs.ROOT / base / f"{cell.name}.log"))
         try:
             found[-1].place()
-        except ValueError as error:
+        except UserError as error:
             wrong[f"{error}; or name the sweep otherwise, name=..."] = [cell.label]
     _complain(wrong, len(found) - len(wrong))
     return found
@@ -272,22 +273,22 @@ def _complain(wrong: dict[str, list[str]], right: int) -> None:
         return
     lines = [f"{'; '.join(labels)}: {message}" for message, labels in wrong.items()]
     if not right and len(wrong) == 1:  # the cells have nothing to do with it
-        raise ValueError(next(iter(wrong)))
+        raise UserError(next(iter(wrong)))
     bad = sum(len(labels) for labels in wrong.values())
-    raise ValueError("\n  ".join([f"{bad} of {bad + right} runs cannot be, so none was started", *lines]))
+    raise UserError("\n  ".join([f"{bad} of {bad + right} runs cannot be, so none was started", *lines]))
 
 
 def _clear_away(run: Run) -> None:
     """Remove a version that was killed before it had a recipe.
 
     Raises:
-        ValueError: one without a recipe holds something.
+        UserError: one without a recipe holds something.
     """
     for directory in runs.versions(run.recipe.name):
         if (directory / runs.RECIPE).exists() or run_lock.holder(directory):
             continue
         if held := {path.name for path in directory.iterdir()} - {run_lock.LOCK, f".{runs.RECIPE}"}:
-            raise ValueError(
+            raise UserError(
                 f"{directory} has no {runs.RECIPE}, but {', '.join(sorted(held))}; put its recipe back, or move it away"
             )
         shutil.rmtree(directory)

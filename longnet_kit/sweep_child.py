@@ -18,6 +18,7 @@ from types import FrameType
 from typing import BinaryIO
 
 from longnet_kit import run_lock
+from longnet_kit.errors import UserError
 
 GRACE = 60.0
 """Seconds that a run gets to end after a signal, before it is killed."""
@@ -106,13 +107,13 @@ def open_log(path: Path) -> BinaryIO | None:
     """A log to add to, locked as long as any process has it open; None while another has it.
 
     Raises:
-        ValueError: it cannot be written.
+        UserError: it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         log = path.open("ab")
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be written ({error.strerror}); rename what is in its way, or start from a working "
             "directory where runs/ can be written"
         ) from error

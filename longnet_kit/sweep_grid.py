@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from longnet_kit import recipe_files
+from longnet_kit.errors import UserError
 from longnet_kit.recipe_yaml import Reader
 
 NAME_LENGTH = 100
@@ -81,7 +82,7 @@ def parse(items: Sequence[str]) -> Grid:
     """The grid that `key.path=value` items span; those with commas outside of brackets and quotes are axes.
 
     Raises:
-        ValueError: items are malformed or contradict each other; all that is wrong is told.
+        UserError: items are malformed or contradict each other; all that is wrong is told.
     """
     axes: list[Axis] = []
     fixed: list[str] = []
@@ -104,7 +105,7 @@ def parse(items: Sequence[str]) -> Grid:
         else:
             fixed.append(item)
     if problems:
-        raise ValueError("\n  ".join(problems if len(problems) == 1 else [f"{len(problems)} problems", *problems]))
+        raise UserError("\n  ".join(problems if len(problems) == 1 else [f"{len(problems)} problems", *problems]))
     return Grid(axes, fixed, name)
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
 from longnet_kit import callbacks, checkpoint_io, parallel, placement, recipe_schema, runs
+from longnet_kit.errors import UserError
 from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
 from longnet_kit.signals import Interrupted
@@ -28,13 +29,13 @@ def build(r: Recipe, watchers: list[Callback]) -> Trainer:
     """Make the Trainer; from then on each process knows its rank. The step count is fixed: one epoch is the whole run.
 
     Raises:
-        ValueError: the recipe's devices are not there, or Lightning refuses an argument.
+        UserError: the recipe's devices are not there, or Lightning refuses an argument.
     """
     arguments = dict(r.trainer)
     batches = arguments["max_steps"] * arguments.get("accumulate_grad_batches", 1)
     arguments["val_check_interval"] = _validation_interval(arguments, batches)
     if isinstance(arguments.get("devices"), list) and not placement.on_accelerator(r):
-        raise ValueError(f"trainer.devices: {recipe_schema.listed_on_cpu(arguments['devices'])}")
+        raise UserError(f"trainer.devices: {recipe_schema.listed_on_cpu(arguments['devices'])}")
     kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
     kind = kinds.get(arguments.pop("profiler", None))  # pytorch's is a callback's work, see callbacks.Profile
     placement.check_world(r)
@@ -60,8 +61,8 @@ def build(r: Recipe, watchers: list[Callback]) -> Trainer:
         trainer.strategy.told_elsewhere = (Interrupted, callbacks.NonFiniteError)
         try:
             _ = trainer.strategy.sequence_parallel_size  # of devices that only the machine knows
-        except ValueError as error:
-            raise ValueError(f"strategy.sequence_parallel_size: {error}") from error
+        except UserError as error:
+            raise UserError(f"strategy.sequence_parallel_size: {error}") from error
     return trainer
 
 
@@ -92,7 +93,7 @@ def lightning_errors() -> Iterator[None]:
             warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
             yield
     except MisconfigurationException as error:
-        raise ValueError(f"trainer: {error}") from error
+        raise UserError(f"trainer: {error}") from error
 
 
 def say(text: str) -> None:

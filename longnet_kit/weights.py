@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longnet_kit import checkpoint_io, runs
+from longnet_kit.errors import UserError
 from longnet_kit.model import image_weights, slide_weights, torchscale
 
 EXPORTED = ".safetensors"
@@ -48,17 +49,17 @@ def read(path: Path) -> dict[str, Any]:
     """What a checkpoint holds, its tensors still in the file; of an exported file, its weights in the same layout.
 
     Raises:
-        ValueError: it is no such file, or is damaged, or cannot be read now.
+        UserError: it is no such file, or is damaged, or cannot be read now.
     """
     is_exported = path.suffix == EXPORTED
     if not is_exported and (wrong := checkpoint_io.damage(path)):
-        raise ValueError(f"{path} is damaged or no checkpoint ({wrong}); give another one, or delete it")
+        raise UserError(f"{path} is damaged or no checkpoint ({wrong}); give another one, or delete it")
     try:
         saved = _read_exported(path) if is_exported else _read_checkpoint(path)
     except Exception as error:  # a broken file can fail in any way that unpickling can
         kind = "safetensors file" if is_exported else "checkpoint of this kit"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
+        raise UserError(
             f"{path} is not a {kind}, or it is damaged ({reason}); give another one, or delete it"
         ) from error
     return saved
@@ -68,12 +69,12 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     with _READING, torch.serialization.safe_globals([(_LeftOut, name) for name in _BESIDE]):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(saved, Mapping):
-        raise ValueError("it holds no state_dict")
+        raise UserError("it holds no state_dict")
     for state in (saved, *(saved.get(key) for key in _SAVED_UNDER)):
         if isinstance(state, Mapping) and any(is_layout(state) for is_layout, _ in _ELSEWHERE):
             return {"state_dict": state}
     if not isinstance(saved.get("state_dict"), Mapping):
-        raise ValueError("it holds no state_dict")
+        raise UserError("it holds no state_dict")
     return dict(saved)
 
 
@@ -88,7 +89,7 @@ def load(network: nn.Module, source: Path) -> None:
     slide encoder, see `longnet_kit.model.slide_weights`, and of a LongViT, see `longnet_kit.model.image_weights`.
 
     Raises:
-        ValueError: nothing is there, or the first parameters that do not fit are named.
+        UserError: nothing is there, or the first parameters that do not fit are named.
     """
     path = _file_of(source)
     network.load_state_dict(fitting(network, path, read(path)))
@@ -120,12 +121,12 @@ def check_resumable(network: nn.Module, path: Path) -> int:
     """The step of a checkpoint that a training of this network can go on from.
 
     Raises:
-        ValueError: it is no checkpoint, or not of such a network, or holds weights alone.
+        UserError: it is no checkpoint, or not of such a network, or holds weights alone.
     """
     saved = read(path)
     missing = [key for key, kind in _RESUMED.items() if type(saved.get(key)) is not kind]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"resume: {path} holds no {', '.join(missing)}, so training cannot go on from it; "
             "to start from its weights, use init_from"
         )
@@ -136,7 +137,7 @@ def check_resumable(network: nn.Module, path: Path) -> int:
 def fitting(
     network: nn.Module, path: Path, saved: Mapping[str, Any], instead: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The weights of the network in what `read` found; ValueError when they are those of another one.
+    """The weights of the network in what `read` found; UserError when they are those of another one.
 
     Args:
         instead: what to take for parameters of which none is there.
@@ -148,8 +149,8 @@ def fitting(
     else:
         try:
             weights = convert(state, network)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     if instead and not any(key in weights for key in instead):
         weights |= instead
     own = network.state_dict()
@@ -157,7 +158,7 @@ def fitting(
     misfits = [misfit for key in keys if (misfit := _misfit(key, weights.get(key), own.get(key)))]
     if misfits:
         more = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        raise ValueError(f"the weights in {path} do not fit this model: {'; '.join(misfits[:3])}{more}")
+        raise UserError(f"the weights in {path} do not fit this model: {'; '.join(misfits[:3])}{more}")
     return weights
 
 

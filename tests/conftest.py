@@ -1,4 +1,4 @@
-"""What all tests share: threads, hypothesis' settings, the `gpu` marker, and a token cache that is thrown away."""
+"""Shared by all tests: threads, hypothesis settings, the markers `gpu` and `soak`, and a temporary token cache."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ settings.load_profile("repeatable")
 CACHE = pytest.StashKey[str]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--soak`."""
+    parser.addoption("--soak", action="store_true", help="run the tests marked `soak`, and no others")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Point the token cache at a new folder, one for all workers of the run: they inherit the environment."""
     if not hasattr(config, "workerinput"):
@@ -39,8 +44,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(config.stash[CACHE], ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is no CUDA device."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Select the tests marked `soak`, or all others; skip those marked `gpu` where there is no CUDA device."""
+    named = any("::" in argument for argument in config.args)  # a test that is named runs whatever its marks are
+    if not named:
+        wanted = config.getoption("--soak")
+        left_out = [item for item in items if (item.get_closest_marker("soak") is not None) != wanted]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     if torch.cuda.is_available():
         return
     for item in items:

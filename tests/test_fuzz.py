@@ -25,9 +25,10 @@ import torch
 from hypothesis import example, given, reject
 from hypothesis import strategies as st
 
-from longnet_kit import cli, plugins, recipe, weights
+from longnet_kit import plugins, recipe, weights
 from longnet_kit.data import DataError, cache, files, shards, tokenizers
 from longnet_kit.data.sources import SPLITS
+from longnet_kit.errors import UserError
 from longnet_kit.recipe import RecipeError
 from tests.data.corpus import counted
 from tests.fuzzing import checkpoints, recipes, texts
@@ -64,7 +65,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) 
 def check_refusal(error: ValueError, subject: object) -> None:
     """Hold an error to being the kit's own, whose message alone the user sees, and to saying what it is about."""
     assert str(subject) in str(error)
-    assert cli._is_ours(error)
+    assert isinstance(error, UserError)
 
 
 # --- recipes

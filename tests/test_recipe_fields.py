@@ -22,8 +22,9 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 import pytest
 from lightning import Trainer
 
-from longnet_kit import attention, cli, data, model, recipe, recipe_schema, tasks, typed
+from longnet_kit import attention, data, model, recipe, recipe_schema, tasks, typed
 from longnet_kit.attention import patterns
+from longnet_kit.errors import UserError
 
 Values = dict[str, Any]
 
@@ -314,7 +315,7 @@ def check(case: Case, place: str, overrides: list[str]) -> None:
     message = str(caught.value)
     assert f"{case.told} ({place}): " in message
     assert "problems" not in message, "one cause, one problem"
-    assert cli._is_ours(caught.value)
+    assert isinstance(caught.value, UserError)
     if case.meant:
         name = re.escape(case.meant)
         assert re.search(rf"did you mean '?([\w.]+\.)?{name}'?\?", message)

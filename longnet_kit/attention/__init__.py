@@ -21,7 +21,7 @@ def build(config: Mapping[str, Any]) -> AttentionBackend:
     """Make the backend that `config["backend"]` names; the other items are its constructor's keyword arguments.
 
     Raises:
-        ValueError: an unknown backend, or arguments that it does not take, all named at once.
+        UserError: an unknown backend, or arguments that it does not take, all named at once.
     """
     return registry.build(config)
 

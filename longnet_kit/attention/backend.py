@@ -16,6 +16,7 @@ from longnet_kit.attention.cache import Cache
 from longnet_kit.attention.inputs import all_heads, check_inputs, nearest_divisor
 from longnet_kit.attention.inspected import Inspected
 from longnet_kit.attention.sharding import SequenceShard, to_heads, to_sequence, whole_sequence
+from longnet_kit.errors import UserError
 
 
 class Support(NamedTuple):
@@ -81,14 +82,14 @@ class AttentionBackend(Inspected):
             cache: the past of the streams whose next tokens these are, from `new_cache`; it moves on. No gradient.
 
         Raises:
-            ValueError: inputs that are malformed, or that this backend cannot run.
+            UserError: inputs that are malformed, or that this backend cannot run.
         """
         check_inputs(q, k, v, key_padding_mask)
         support = self.supports(
             device=q.device, dtype=q.dtype, head_dim=q.shape[-1], causal=causal, padding=key_padding_mask is not None
         )
         if not support:
-            raise ValueError(support.reason)
+            raise UserError(support.reason)
         heads = {}
         if self.head_dependent:
             heads = {"first_head": first_head, "total_heads": all_heads(q.shape[2], first_head, total_heads)}
@@ -100,7 +101,7 @@ class AttentionBackend(Inspected):
         if shard is not None:
             support = self.supports_shards(seq_len=q.shape[1] * shard.size, shards=shard.size, heads=q.shape[2])
             if not support:
-                raise ValueError(support.reason)
+                raise UserError(support.reason)
         if self.watch is not None:
             self.watch(q, k, causal, key_padding_mask)
         if shard is None:
@@ -165,13 +166,13 @@ class AttentionBackend(Inspected):
         return 4 * head_dim * self.pattern.pairs(seq_len, heads, causal)
 
     def new_cache(self, batch_size: int, heads: int, head_dim: int, **factory: Any) -> Cache:
-        """A cache for `forward_cached`, empty; a backend without one raises a ValueError.
+        """A cache for `forward_cached`, empty; a backend without one raises a UserError.
 
         Args:
             batch_size: streams that advance together.
             factory: `dtype` and `device` of the keys; `max_tokens`, the limit of a cache that grows.
         """
-        raise ValueError(self._no_cache())
+        raise UserError(self._no_cache())
 
     def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
         """Attend from the next tokens of streams to themselves and to the past, causally, and note them in the cache.
@@ -185,19 +186,19 @@ class AttentionBackend(Inspected):
         Returns:
             (B, n, H, D).
         """
-        raise ValueError(self._no_cache())
+        raise UserError(self._no_cache())
 
     def _check_cached(
         self, q: Tensor, causal: bool, key_padding_mask: Tensor | None, heads: dict[str, int], cache: Cache
     ) -> None:
         if not causal:
-            raise ValueError("a cache holds the past alone, so attention with one is causal; give whole sequences")
+            raise UserError("a cache holds the past alone, so attention with one is causal; give whole sequences")
         if key_padding_mask is not None:
-            raise ValueError("with a cache there is no padding: all rows advance together; leave key_padding_mask out")
+            raise UserError("with a cache there is no padding: all rows advance together; leave key_padding_mask out")
         if heads and (heads["first_head"], heads["total_heads"]) != (0, q.shape[2]):
-            raise ValueError(f"a cache is for all heads of a layer, and {q.shape[2]} of {heads['total_heads']} came")
+            raise UserError(f"a cache is for all heads of a layer, and {q.shape[2]} of {heads['total_heads']} came")
         if self.shard is not None and self.shard.size > 1:
-            raise ValueError("streams are not divided among ranks; run them on a model of one rank")
+            raise UserError("streams are not divided among ranks; run them on a model of one rank")
         cache.check(q)
 
     def _no_cache(self) -> str:

@@ -23,6 +23,7 @@ from longnet_kit.attention.backend import AttentionBackend, Support
 from longnet_kit.attention.cache import KeyValueCache
 from longnet_kit.attention.inputs import in_autocast
 from longnet_kit.attention.patterns import Count
+from longnet_kit.errors import UserError
 from longnet_kit.typed import Range
 
 
@@ -77,7 +78,7 @@ class BlockSparseAttention(BlockSparseBackend):
         summary_blocks: blocks that summarise a window; at most `local_blocks`. Only `fixed` uses it.
 
     Raises:
-        ValueError: a number out of range, more summary blocks than the window has, or an unknown pattern.
+        UserError: a number out of range, more summary blocks than the window has, or an unknown pattern.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class BlockSparseAttention(BlockSparseBackend):
     ) -> None:
         super().__init__(patterns.BlockSparse(pattern, block_size, local_blocks, summary_blocks))
         if block_size < block_sparse_tensor.SMALLEST_BLOCK:
-            raise ValueError(
+            raise UserError(
                 f"block_size is {block_size}; xformers takes blocks of at least {block_sparse_tensor.SMALLEST_BLOCK} "
                 "tokens, of any size from there on"
             )

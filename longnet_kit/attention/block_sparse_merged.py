@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from longnet_kit.attention import padding
 from longnet_kit.attention.block_sparse_pieces import pieces
 from longnet_kit.attention.patterns import BlockSparse
+from longnet_kit.errors import UserError
 
 MAX_SEGMENTS = 65535
 """Segments in one call: a dimension of the CUDA grid."""
@@ -71,7 +72,7 @@ def attend(
         (B, N, H, D), of q's dtype; zero for padded queries.
 
     Raises:
-        ValueError: one sequence is too long for the kernels' 32-bit counters.
+        UserError: one sequence is too long for the kernels' 32-bit counters.
     """
     scale = q.shape[-1] ** -0.5
     if key_padding_mask is not None:
@@ -79,7 +80,7 @@ def attend(
     with torch.autocast(q.device.type, enabled=False):
         rows = MAX_ELEMENTS // q[0].numel()
         if rows == 0:
-            raise ValueError(
+            raise UserError(
                 f"one sequence of {tuple(q.shape[1:])} (seq, heads, head_dim) holds {q[0].numel()} elements; these "
                 f"kernels take at most {MAX_ELEMENTS}: shorten it or split the heads over several devices"
             )

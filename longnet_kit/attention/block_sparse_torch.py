@@ -32,7 +32,7 @@ class TorchBlockSparse(BlockSparseBackend):
         block_size: tokens in a block, from 1 on; the last block may be shorter.
 
     Raises:
-        ValueError: a number out of range, more summary blocks than the window has, or an unknown pattern.
+        UserError: a number out of range, more summary blocks than the window has, or an unknown pattern.
     """
 
     def __init__(

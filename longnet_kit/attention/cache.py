@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longnet_kit.errors import UserError
+
 MAX_TOKENS = 65_536
 """Up to where a cache grows that keeps every token, unless it is made for another limit."""
 
@@ -65,23 +67,23 @@ class Cache(ABC):
         """Take over what `state_dict` gave.
 
         Raises:
-            ValueError: it is of a cache of another shape.
+            UserError: it is of a cache of another shape.
         """
 
     def check_room(self, tokens: int) -> None:  # noqa: B027  (a default, not forgotten)
-        """Raise a ValueError where so many more tokens do not fit; by default all do."""
+        """Raise a UserError where so many more tokens do not fit; by default all do."""
 
     def check(self, q: Tensor) -> None:
-        """Raise a ValueError unless the next tokens' queries, (B, n, H, D), are of the kind that the cache is for."""
+        """Raise a UserError unless the next tokens' queries, (B, n, H, D), are of the kind that the cache is for."""
         batch, tokens, heads, head_dim = q.shape
         if (batch, heads, head_dim) != (self.batch_size, self.heads, self.head_dim):
-            raise ValueError(
+            raise UserError(
                 f"the cache is for a batch of {self.batch_size} and {self.heads} heads of {self.head_dim}, and got a "
                 f"batch of {batch} and {heads} heads of {head_dim}; make one with new_cache({batch}, {heads}, "
                 f"{head_dim})"
             )
         if (q.dtype, q.device) != (self.dtype, self.device):
-            raise ValueError(
+            raise UserError(
                 f"the cache holds {self.dtype} on {self.device}, and got {q.dtype} on {q.device}; make one for that "
                 "with new_cache(..., dtype=, device=), under the same autocast"
             )
@@ -102,7 +104,7 @@ class KeyValueCache(Cache):
         super().__init__(batch_size, heads, head_dim, **factory)
         self.max_tokens: int = MAX_TOKENS if max_tokens is None else max_tokens
         if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
+            raise UserError(f"max_tokens is {max_tokens}, expected at least 1")
         self._entries = self._room(0)
 
     @property
@@ -111,7 +113,7 @@ class KeyValueCache(Cache):
 
     def check_room(self, tokens: int) -> None:
         if self.position + tokens > self.max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"the cache keeps every token, {self.max_tokens:,} at most, and holds {self.position:,}; "
                 f"{tokens:,} more do not fit: give max_tokens={self.position + tokens} or more (--max-cached on the "
                 "command line), or use the backend dilated, whose cache does not grow"
@@ -139,7 +141,7 @@ class KeyValueCache(Cache):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         entries, position = state["entries"], int(state["position"])
         if entries.shape != (2, self.batch_size, position, self.heads, self.head_dim) or entries.dtype != self.dtype:
-            raise ValueError(
+            raise UserError(
                 f"the saved keys and values are {entries.dtype} of shape {tuple(entries.shape)}, expected {self.dtype} "
                 f"of (2, {self.batch_size}, {position}, {self.heads}, {self.head_dim})"
             )

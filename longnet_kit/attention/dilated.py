@@ -21,6 +21,7 @@ from longnet_kit.attention.inputs import in_autocast
 from longnet_kit.attention.mixture import unit_stride
 from longnet_kit.attention.patterns import Count, HeadOffsets, Overlap
 from longnet_kit.attention.sharding import SequenceShard
+from longnet_kit.errors import UserError
 
 __all__ = ["DilatedAttention", "dilated", "dilated_backward"]
 
@@ -43,7 +44,7 @@ class DilatedAttention(AttentionBackend):
             heads of a layer share, equal at first.
 
     Raises:
-        ValueError: the lists differ in length, are empty, or hold a number below 1; or a set with weights per branch.
+        UserError: the lists differ in length, are empty, or hold a number below 1; or a set with weights per branch.
     """
 
     head_dependent = True
@@ -111,7 +112,7 @@ class DilatedAttention(AttentionBackend):
             return self.mixing.branch_lse(q, k, call)
         support = self.supports_shards(seq_len=q.shape[1] * shard.size, shards=shard.size, heads=q.shape[2])
         if not support:
-            raise ValueError(support.reason)
+            raise UserError(support.reason)
         return self.mixing.branch_lse_sharded(q, k, shard, call)
 
     def new_cache(
@@ -161,11 +162,11 @@ class DilatedAttention(AttentionBackend):
 
 
 def _combination(overlap: Overlap, mixing: Mixing, branches: int) -> Combination:
-    """What the two keys choose; ValueError where they do not go together."""
+    """What the two keys choose; UserError where they do not go together."""
     if mixing not in ("denominators", "equal", "learned"):
-        raise ValueError(f"mixing is {mixing!r}, expected 'denominators', 'equal' or 'learned'")
+        raise UserError(f"mixing is {mixing!r}, expected 'denominators', 'equal' or 'learned'")
     if overlap == "set" and mixing != "denominators":
-        raise ValueError(
+        raise UserError(
             f"overlap is 'set' and mixing is {mixing!r}: a set is one softmax over the keys of all branches, each "
             f"once, and {mixing} weights mix one softmax per branch, in which no key comes twice; set overlap to "
             "'multiset', or mixing to 'denominators'"

@@ -18,6 +18,7 @@ from longnet_kit.attention.cache import Cache
 from longnet_kit.attention.mixture import Mixture, unit_stride
 from longnet_kit.attention.patterns import HeadOffsets
 from longnet_kit.attention.views import Part, PartView, chunk_views, part_views
+from longnet_kit.errors import UserError
 
 
 class _Branch(NamedTuple):
@@ -62,7 +63,7 @@ class DilatedCache(Cache):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         entries = state["entries"]
         if entries.shape != self.entries.shape or entries.dtype != self.dtype:
-            raise ValueError(
+            raise UserError(
                 f"the saved keys and values are {entries.dtype} of shape {tuple(entries.shape)}, expected {self.dtype} "
                 f"of {tuple(self.entries.shape)}; their branches are others"
             )

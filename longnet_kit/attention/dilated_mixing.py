@@ -64,7 +64,7 @@ class Combination(ABC):
     def new_cache(
         self, batch_size: int, heads: int, head_dim: int, branches: Sequence[tuple[int, int]], **factory: Any
     ) -> DilatedCache:
-        """What `cached` takes; ValueError where there is nothing."""
+        """What `cached` takes; UserError where there is nothing."""
         return DilatedCache(batch_size, heads, head_dim, branches=branches, **factory)
 
     def supports_shards(self, branches: Sequence[tuple[int, int]], seq_len: int, shards: int, heads: int) -> Support:

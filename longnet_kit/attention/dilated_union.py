@@ -25,6 +25,7 @@ from longnet_kit.attention.inputs import nearest_divisor
 from longnet_kit.attention.mixture import Gradients, Mixture, exact, unit_stride
 from longnet_kit.attention.sharding import SequenceShard, to_heads, to_sequence, whole_sequence
 from longnet_kit.attention.views import View, branch_views
+from longnet_kit.errors import UserError
 
 _MAX_SCORES = 2**20
 """How many scores with a mask are held at a time, about."""
@@ -48,12 +49,12 @@ class Union(Combination):
         return to_sequence(self.whole(q, k, v, call._replace(first_head=first_head)), shard)
 
     def cached(self, q: Tensor, k: Tensor, v: Tensor, cache: DilatedCache, call: Call) -> Tensor:
-        raise ValueError(_NO_CACHE)
+        raise UserError(_NO_CACHE)
 
     def new_cache(
         self, batch_size: int, heads: int, head_dim: int, branches: Sequence[tuple[int, int]], **factory: Any
     ) -> DilatedCache:
-        raise ValueError(_NO_CACHE)
+        raise UserError(_NO_CACHE)
 
     def supports_shards(self, branches: Sequence[tuple[int, int]], seq_len: int, shards: int, heads: int) -> Support:
         if heads % shards == 0:

@@ -7,14 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from longnet_kit.errors import UserError
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def all_heads(heads: int, first_head: int, total_heads: int | None) -> int:
-    """How many heads the layer has; ValueError unless the `heads` that are given are among them."""
+    """How many heads the layer has; UserError unless the `heads` that are given are among them."""
     total_heads = first_head + heads if total_heads is None else total_heads
     if not 0 <= first_head <= first_head + heads <= total_heads:
-        raise ValueError(f"heads {first_head} to {first_head + heads - 1} were given, but total_heads is {total_heads}")
+        raise UserError(f"heads {first_head} to {first_head + heads - 1} were given, but total_heads is {total_heads}")
     return total_heads
 
 
@@ -30,33 +32,33 @@ def nearest_divisor(number: int, near: int) -> int:
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:
-    """Raise a ValueError that says what came and what is accepted, unless the inputs are well-formed."""
+    """Raise a UserError that says what came and what is accepted, unless the inputs are well-formed."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
-            raise ValueError(f"{name} is a {type(x).__name__}, expected a tensor (batch, seq, heads, head_dim)")
+            raise UserError(f"{name} is a {type(x).__name__}, expected a tensor (batch, seq, heads, head_dim)")
         if x.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (batch, seq, heads, head_dim)")
+            raise UserError(f"{name} has shape {tuple(x.shape)}, expected (batch, seq, heads, head_dim)")
         if x.dtype not in FLOATS:
-            raise ValueError(f"{name} is {x.dtype}, expected one of {', '.join(map(str, FLOATS))}")
+            raise UserError(f"{name} is {x.dtype}, expected one of {', '.join(map(str, FLOATS))}")
         if x.shape != q.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)} but q has {tuple(q.shape)}; they must be equal")
+            raise UserError(f"{name} has shape {tuple(x.shape)} but q has {tuple(q.shape)}; they must be equal")
         if x.dtype != q.dtype:
-            raise ValueError(f"{name} is {x.dtype} but q is {q.dtype}; cast them to one dtype")
+            raise UserError(f"{name} is {x.dtype} but q is {q.dtype}; cast them to one dtype")
         if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move them to one device")
+            raise UserError(f"{name} is on {x.device} but q is on {q.device}; move them to one device")
     if 0 in q.shape:
-        raise ValueError(f"q has shape {tuple(q.shape)}; every dimension must be at least 1")
+        raise UserError(f"q has shape {tuple(q.shape)}; every dimension must be at least 1")
     if key_padding_mask is None:
         return
     if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
         given = key_padding_mask.dtype if isinstance(key_padding_mask, Tensor) else type(key_padding_mask).__name__
-        raise ValueError(f"key_padding_mask is {given}, expected a bool tensor, True where the token is real")
+        raise UserError(f"key_padding_mask is {given}, expected a bool tensor, True where the token is real")
     if key_padding_mask.shape != q.shape[:2]:
-        raise ValueError(
+        raise UserError(
             f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, expected (batch, seq) = {tuple(q.shape[:2])}"
         )
     if key_padding_mask.device != q.device:
-        raise ValueError(f"key_padding_mask is on {key_padding_mask.device} but q is on {q.device}; move it there")
+        raise UserError(f"key_padding_mask is on {key_padding_mask.device} but q is on {q.device}; move it there")
 
 
 def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from longnet_kit.attention import maps, patterns
 from longnet_kit.attention.inputs import all_heads, check_inputs
 from longnet_kit.attention.patterns import Dilated, Pattern
 from longnet_kit.attention.sharding import SequenceShard, whole_sequence
+from longnet_kit.errors import UserError
 
 
 class _Branches:
@@ -68,10 +69,10 @@ class Inspected(nn.Module):
             (B, H, Q, N), at least float32; rows are 0 where a query is padded or sees nothing.
 
         Raises:
-            ValueError: malformed inputs, queries that the sequence does not have, or a backend without a pattern.
+            UserError: malformed inputs, queries that the sequence does not have, or a backend without a pattern.
         """
         if self.pattern is None:
-            raise ValueError(
+            raise UserError(
                 f"the attention backend {type(self).__name__} has no pattern, so its weights are not known; write its "
                 "`pattern`, or look at one of the kit's own backends"
             )
@@ -113,10 +114,10 @@ class Inspected(nn.Module):
             real token.
 
         Raises:
-            ValueError: malformed inputs, or a backend without branches.
+            UserError: malformed inputs, or a backend without branches.
         """
         if not _branches(self.pattern):
-            raise ValueError(
+            raise UserError(
                 f"the attention backend {type(self).__name__} has no branches to weigh against each other; the backend "
                 "dilated has, and naive with a dilated pattern"
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longnet_kit.attention import patterns
 from longnet_kit.attention.patterns import Dilated, Pattern
+from longnet_kit.errors import UserError
 
 MAX_SCORES = 2**24
 """How many scores of chosen queries are held at a time."""
@@ -146,21 +147,21 @@ def branch_shares(logits: Tensor, kept: Tensor) -> Tensor:
 
 
 def as_positions(queries: Tensor | Sequence[int] | None, seq_len: int, device: torch.device) -> Tensor:
-    """Chosen positions of a sequence, (Q,) int64, all of them for None; ValueError unless they are some."""
+    """Chosen positions of a sequence, (Q,) int64, all of them for None; UserError unless they are some."""
     if queries is None:
         return torch.arange(seq_len, device=device)
     try:
         given = torch.as_tensor(queries)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"queries is {queries!r}; expected whole numbers, positions in the sequence") from error
+        raise UserError(f"queries is {queries!r}; expected whole numbers, positions in the sequence") from error
     if given.dim() != 1:
-        raise ValueError(f"queries has shape {tuple(given.shape)}; expected one dimension, positions in the sequence")
+        raise UserError(f"queries has shape {tuple(given.shape)}; expected one dimension, positions in the sequence")
     if len(given) and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
-        raise ValueError(f"queries is {given.dtype}; expected whole numbers, positions in the sequence")
+        raise UserError(f"queries is {given.dtype}; expected whole numbers, positions in the sequence")
     given = given.to(device, torch.int64)
     outside = given[(given < 0) | (given >= seq_len)]
     if len(outside):
-        raise ValueError(f"queries holds {outside[0].item()}; the positions of this sequence are 0 to {seq_len - 1}")
+        raise UserError(f"queries holds {outside[0].item()}; the positions of this sequence are 0 to {seq_len - 1}")
     return given
 
 

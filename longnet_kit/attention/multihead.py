@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from longnet_kit.attention.dilated import DilatedAttention
 from longnet_kit.attention.patterns import HeadOffsets
+from longnet_kit.errors import UserError
 
 
 class MultiheadDilatedAttention(nn.Module):
@@ -26,7 +27,7 @@ class MultiheadDilatedAttention(nn.Module):
         head_offsets: see `DilatedAttention`.
 
     Raises:
-        ValueError: sizes or branches that do not go together.
+        UserError: sizes or branches that do not go together.
     """
 
     _qkv_same_embed_dim = False
@@ -47,7 +48,7 @@ class MultiheadDilatedAttention(nn.Module):
     ) -> None:
         super().__init__()
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim is {embed_dim} and num_heads is {num_heads}; the first must be a multiple")
+            raise UserError(f"embed_dim is {embed_dim} and num_heads is {num_heads}; the first must be a multiple")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.batch_first = batch_first
@@ -93,11 +94,11 @@ class MultiheadDilatedAttention(nn.Module):
             where they are not needed.
 
         Raises:
-            ValueError: lengths that differ, or a mask that the branches cannot honour.
+            UserError: lengths that differ, or a mask that the branches cannot honour.
         """
         if not query.shape == key.shape == value.shape or query.dim() not in (2, 3):
             shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
-            raise ValueError(f"query, key and value have shapes {shapes}; expected one of two or three dimensions")
+            raise UserError(f"query, key and value have shapes {shapes}; expected one of two or three dimensions")
         is_batched = query.dim() == 3
         q, k, v = (self._batch_first(x) for x in (query, key, value))  # (B, N, E)
         real = _real(key_padding_mask, q)
@@ -127,10 +128,10 @@ def _real(key_padding_mask: Tensor | None, x: Tensor) -> Tensor | None:
     mask = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask[None]
     if mask.is_floating_point():
         if not ((mask == 0) | (mask == -torch.inf)).all():
-            raise ValueError("key_padding_mask holds values other than 0 and -inf; keys can be hidden, not weighed")
+            raise UserError("key_padding_mask holds values other than 0 and -inf; keys can be hidden, not weighed")
         mask = mask == -torch.inf
     if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
-        raise ValueError(
+        raise UserError(
             f"key_padding_mask is {mask.dtype} of shape {tuple(mask.shape)}, expected bool or float of "
             f"{tuple(x.shape[:2])}"
         )
@@ -138,14 +139,14 @@ def _real(key_padding_mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _is_causal(attn_mask: Tensor | None, length: int) -> bool:
-    """Whether there is a mask; ValueError unless it is the causal one."""
+    """Whether there is a mask; UserError unless it is the causal one."""
     if attn_mask is None:
         return False
     hidden = attn_mask if attn_mask.dtype == torch.bool else attn_mask == -torch.inf
     causal = torch.ones(length, length, dtype=torch.bool, device=attn_mask.device).triu(1)
     is_plain = attn_mask.dtype == torch.bool or bool(((attn_mask == 0) | hidden).all())
     if not is_plain or hidden.shape != causal.shape or not torch.equal(hidden, causal):
-        raise ValueError(
+        raise UserError(
             f"attn_mask, {tuple(attn_mask.shape)}, is not the causal mask of {length} tokens; which keys a token sees "
             "is what segment_lengths and dilation_rates say: leave it out, or pass is_causal=True"
         )

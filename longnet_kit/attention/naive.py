@@ -13,13 +13,14 @@ from longnet_kit import host_memory
 from longnet_kit.attention import maps, patterns, register
 from longnet_kit.attention.backend import AttentionBackend
 from longnet_kit.attention.cache import KeyValueCache
+from longnet_kit.errors import UserError
 
 
-class NotEnoughMemory(MemoryError, ValueError):
+class NotEnoughMemory(MemoryError, UserError):
     """The score matrix does not fit into the memory that is free."""
 
 
-class NotEnoughGpuMemory(torch.OutOfMemoryError, ValueError):
+class NotEnoughGpuMemory(torch.OutOfMemoryError, UserError):
     """The same of a GPU's memory."""
 
 
@@ -31,7 +32,7 @@ class Naive(AttentionBackend):
         pattern: `{kind: dense}` (the default), `{kind: dilated, ...}` or `{kind: block_sparse, ...}`.
 
     Raises:
-        ValueError: the pattern is unknown or its arguments do not fit; in a call, the score matrix is larger than the
+        UserError: the pattern is unknown or its arguments do not fit; in a call, the score matrix is larger than the
             memory that is free.
     """
 

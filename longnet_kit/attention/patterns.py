@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longnet_kit.attention import unions
+from longnet_kit.errors import UserError
 from longnet_kit.registry import Registry
 from longnet_kit.typed import Range
 
@@ -54,7 +55,7 @@ registry: Registry[Pattern] = Registry("attention pattern", "kind")
 
 
 def build(config: Mapping[str, Any]) -> Pattern:
-    """Make the pattern that `config["kind"]` names; ValueError lists everything wrong with the mapping."""
+    """Make the pattern that `config["kind"]` names; UserError lists everything wrong with the mapping."""
     return registry.build(config)
 
 
@@ -98,7 +99,7 @@ class Dilated(RowPattern):
             `set`: once, an ablation.
 
     Raises:
-        ValueError: the two lists differ in length, are empty, or hold a number below 1.
+        UserError: the two lists differ in length, are empty, or hold a number below 1.
     """
 
     def __init__(
@@ -110,17 +111,17 @@ class Dilated(RowPattern):
     ) -> None:
         lengths, rates = list(segment_lengths), list(dilation_rates)
         if len(lengths) != len(rates) or not lengths:
-            raise ValueError(
+            raise UserError(
                 f"segment_lengths has {len(lengths)} entries and dilation_rates has {len(rates)}; "
                 "give one of each per branch, at least one branch"
             )
         for name, values in (("segment_lengths", lengths), ("dilation_rates", rates)):
             if any(not isinstance(x, int) or isinstance(x, bool) or x < 1 for x in values):
-                raise ValueError(f"{name} is {values}, expected whole numbers of at least 1")
+                raise UserError(f"{name} is {values}, expected whole numbers of at least 1")
         if head_offsets not in ("interleaved", "grouped", "none"):
-            raise ValueError(f"head_offsets is {head_offsets!r}, expected 'interleaved', 'grouped' or 'none'")
+            raise UserError(f"head_offsets is {head_offsets!r}, expected 'interleaved', 'grouped' or 'none'")
         if overlap not in ("multiset", "set"):
-            raise ValueError(f"overlap is {overlap!r}, expected 'multiset' or 'set'")
+            raise UserError(f"overlap is {overlap!r}, expected 'multiset' or 'set'")
         if 1 not in rates:
             warnings.warn(
                 f"no branch has dilation rate 1 (dilation_rates: {rates}): where no branch keeps a position for a "
@@ -222,7 +223,7 @@ class BlockSparse(RowPattern):
         summary_blocks: blocks that summarise a window; at most `local_blocks`. Only `fixed` uses it.
 
     Raises:
-        ValueError: a number below 1, more summary blocks than the window has, or an unknown layout.
+        UserError: a number below 1, more summary blocks than the window has, or an unknown layout.
     """
 
     head_dependent = False
@@ -237,11 +238,11 @@ class BlockSparse(RowPattern):
         numbers = {"block_size": block_size, "local_blocks": local_blocks, "summary_blocks": summary_blocks}
         for name, value in numbers.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+                raise UserError(f"{name} is {value!r}, expected a whole number of at least 1")
         if layout not in ("fixed", "local"):
-            raise ValueError(f"the block-sparse pattern is {layout!r}, expected 'fixed' or 'local'")
+            raise UserError(f"the block-sparse pattern is {layout!r}, expected 'fixed' or 'local'")
         if summary_blocks > local_blocks:
-            raise ValueError(f"summary_blocks is {summary_blocks}, above local_blocks, which is {local_blocks}")
+            raise UserError(f"summary_blocks is {summary_blocks}, above local_blocks, which is {local_blocks}")
         self.layout = layout
         self.block_size = block_size
         self.local_blocks = local_blocks

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from longnet_kit import checkpoint_io, runs
 from longnet_kit.callbacks.generators import Generators
 from longnet_kit.callbacks.non_finite import NonFiniteError, wrong_weights
+from longnet_kit.errors import UserError
 from longnet_kit.parallel.agreement import gathered, greatest
 from longnet_kit.signals import Interrupted, Listener
 
@@ -24,7 +25,7 @@ PATIENCE = 3
 """Saves in a row that may fail before the run stops."""
 
 
-class SaveError(ValueError):
+class SaveError(UserError):
     """A run that cannot be saved any more."""
 
 

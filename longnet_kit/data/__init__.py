@@ -19,6 +19,7 @@ from longnet_kit.data.answers import Answer, AnswersSource, Example
 from longnet_kit.data.errors import DataError
 from longnet_kit.data.labels import Labelled, LabelledSource
 from longnet_kit.data.sources import Document, Source, registry
+from longnet_kit.errors import UserError
 
 if TYPE_CHECKING:
     from longnet_kit import recipe
@@ -57,7 +58,7 @@ def build(data: recipe.Data | Mapping[str, Any], seed: int = 0) -> LanguageModel
         seed: which order the training windows come in.
 
     Raises:
-        ValueError: a key is unknown, missing or of the wrong type; all such keys are told together.
+        UserError: a key is unknown, missing or of the wrong type; all such keys are told together.
         DataError: files that do not exist, or a tokenizer that cannot be had.
     """
     from longnet_kit import typed
@@ -68,7 +69,7 @@ def build(data: recipe.Data | Mapping[str, Any], seed: int = 0) -> LanguageModel
     found = typed.argument_problems(LanguageModelingData, {"source": None, "seed": seed, **module}, "data")
     found = [problem for problem in found if problem.key != "data.source"] + registry.problems(keys, "data")
     if found:
-        raise ValueError("\n".join(map(str, found)))
+        raise UserError("\n".join(map(str, found)))
     source = registry.build(keys)
     return source.data_module()(source, seed=seed, **module)
 
@@ -77,7 +78,7 @@ def build_source(data: recipe.Data | Mapping[str, Any]) -> Source:
     """Make the source alone, as `build` does.
 
     Raises:
-        ValueError: its keys are unknown, missing or of the wrong type.
+        UserError: its keys are unknown, missing or of the wrong type.
         DataError: files that do not exist.
     """
     return registry.build({key: value for key, value in _flat(data).items() if key not in _MODULE_KEYS})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from longnet_kit import typed
 from longnet_kit.data.sources import Source, Split
+from longnet_kit.errors import UserError
 
 if TYPE_CHECKING:
     from longnet_kit.data.language_modeling import LanguageModelingData
@@ -74,7 +75,7 @@ class AnswersSource(Source):
         """The groups by which accuracy is reported; answers of others count in the accuracy of all answers only.
 
         Raises:
-            ValueError: no example fits a sequence of so many tokens.
+            UserError: no example fits a sequence of so many tokens.
         """
         raise NotImplementedError(f"{type(self).__name__} must write groups(seq_len)")
 
@@ -100,13 +101,13 @@ class AnswersSource(Source):
         """Example `index` of a split, the same whenever it is asked for.
 
         Raises:
-            ValueError: the source made one that is no example.
+            UserError: the source made one that is no example.
         """
         name = f"{self._seed} {split} {index}".encode()
         rng = Random(int.from_bytes(hashlib.blake2b(name, digest_size=16).digest()))
         made = self.example(index, rng, seq_len)
         if problem := _problem(made, seq_len):
-            raise ValueError(f"{type(self).__name__}.example({index}, seq_len={seq_len}): {problem}")
+            raise UserError(f"{type(self).__name__}.example({index}, seq_len={seq_len}): {problem}")
         return made
 
 

@@ -13,6 +13,7 @@ from longnet_kit.data.answers import AnswersSource
 from longnet_kit.data.language_modeling import IGNORED, LanguageModelingData, Samples
 from longnet_kit.data.sampling import PADDING, Position
 from longnet_kit.data.sources import Split
+from longnet_kit.errors import UserError
 
 NO_ANSWER = -1
 """The group of a target that belongs to no answer."""
@@ -55,7 +56,7 @@ class AnswersData(LanguageModelingData):
         seq_len, batch_size, num_workers, seed, cache_dir: see `LanguageModelingData`; nothing is cached.
 
     Raises:
-        ValueError: another tokenizer, a number that is out of range, or a `seq_len` that holds no example.
+        UserError: another tokenizer, a number that is out of range, or a `seq_len` that holds no example.
     """
 
     source: AnswersSource
@@ -63,7 +64,7 @@ class AnswersData(LanguageModelingData):
     def __init__(self, source: AnswersSource, tokenizer: tokenizers.Tokenizer | str, **options: Any) -> None:
         super().__init__(source, tokenizer, **options)
         if not isinstance(self.tokenizer, tokenizers.Bytes):
-            raise ValueError(
+            raise UserError(
                 f"data.tokenizer: got {self.tokenizer.name!r}, but {type(source).__name__} makes texts in which places "
                 "are counted in bytes; use tokenizer: bytes"
             )

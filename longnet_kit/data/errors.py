@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+from longnet_kit.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """The user's data cannot be used; the message names the file or key, what was found, and what would do.
 
     A loader's worker process hands its error over as text, and torch raises one of the same class with the whole

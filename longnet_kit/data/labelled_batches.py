@@ -68,7 +68,7 @@ class LabelledData(LanguageModelingData):
         options: `batch_size`, `num_workers` and `seed`, see `LanguageModelingData`.
 
     Raises:
-        ValueError: a number is out of range.
+        UserError: a number is out of range.
         DataError: the tokenizer cannot be had, or no example may be cut and `seq_len` is too short for the longest.
     """
 

@@ -19,6 +19,7 @@ from longnet_kit.data.errors import DataError
 from longnet_kit.data.sampling import PADDING, EvaluationSampler, Position, TrainingSampler
 from longnet_kit.data.shards import Reader
 from longnet_kit.data.sources import SPLITS, Source, Split
+from longnet_kit.errors import UserError
 
 IGNORED = -100
 """A target that has no loss."""
@@ -90,7 +91,7 @@ class LanguageModelingData(LightningDataModule):
         cache_dir: where the token cache lives; by default see `cache.directory`.
 
     Raises:
-        ValueError: a number is out of range.
+        UserError: a number is out of range.
         DataError: the tokenizer cannot be had.
     """
 
@@ -110,7 +111,7 @@ class LanguageModelingData(LightningDataModule):
         hints = {"seq_len": Count, "batch_size": Count, "num_workers": CountOrZero, "seed": int}
         found = [p for key, value in numbers.items() for p in typed.value_problems(value, hints[key], f"data.{key}")]
         if found:
-            raise ValueError("\n".join(map(str, found)))
+            raise UserError("\n".join(map(str, found)))
         self.source = source
         self.tokenizer = tokenizers.build(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.seq_len = seq_len

@@ -14,6 +14,7 @@ from typing import Annotated
 from longnet_kit import typed
 from longnet_kit.data.answers import ENDLESS, Answer, AnswersSource, Count, Example
 from longnet_kit.data.sources import registry
+from longnet_kit.errors import UserError
 
 
 @registry.register("many_shot")
@@ -34,7 +35,7 @@ class ManyShot(AnswersSource):
         train_examples, val_examples, test_examples, examples_seed: see `AnswersSource`.
 
     Raises:
-        ValueError: fewer words than classes, or fewer classes at most than at least.
+        UserError: fewer words than classes, or fewer classes at most than at least.
     """
 
     label = "many_shot"
@@ -58,11 +59,11 @@ class ManyShot(AnswersSource):
             examples_seed=examples_seed,
         )
         if fewest_classes > classes:
-            raise ValueError(
+            raise UserError(
                 f"data.fewest_classes: got {fewest_classes}, more than the {classes} of data.classes; use at most those"
             )
         if letters**length < classes:
-            raise ValueError(
+            raise UserError(
                 f"data.classes: got {classes}, but there are only {letters**length} words of {length} of {letters} "
                 "letters; use fewer classes, or longer words or more letters"
             )
@@ -73,7 +74,7 @@ class ManyShot(AnswersSource):
         """1, 2, 4 and so on, as far as there are lines; the first line of a text is in none."""
         lines = self._lines(seq_len)
         if lines < 2:
-            raise ValueError(
+            raise UserError(
                 f"data.seq_len: {seq_len:,} tokens hold {lines} lines of {self._line} bytes, expected 2 at least; use "
                 f"{2 * self._line - 1:,} or more"
             )

@@ -18,6 +18,7 @@ import numpy as np
 from longnet_kit import typed
 from longnet_kit.data.answers import ENDLESS, Answer, AnswersSource, Count, Example
 from longnet_kit.data.sources import registry
+from longnet_kit.errors import UserError
 
 Spread = Annotated[float, typed.Range(at_least=0, at_most=1)]
 TRIES = 400
@@ -92,7 +93,7 @@ class Recall(AnswersSource, ABC):
         if span > seq_len + 1:
             fits = longest - (span - seq_len - 1)
             remedy = f"use at most {fits:,}, or a longer seq_len" if fits >= self._nearest else "use a longer seq_len"
-            raise ValueError(
+            raise UserError(
                 f"data.distances: {longest:,} does not fit a sequence of {seq_len:,} tokens: statement, question and "
                 f"what lies between take {span:,}; {remedy}"
             )
@@ -135,7 +136,7 @@ class Recall(AnswersSource, ABC):
                 taken[asked : asked + len(pairs[j].question)] = True
             else:
                 return [starts[j] for j in range(len(pairs))]
-        raise ValueError(
+        raise UserError(
             f"data.{self.key}: {self._pairs} at distances of {self._distances} are too many for a sequence of "
             f"{seq_len:,} tokens; use fewer or shorter distances, or a longer seq_len"
         )
@@ -145,9 +146,9 @@ class Recall(AnswersSource, ABC):
         return math.ceil((1 - self._spread) * distance)
 
     def _check(self) -> None:
-        """Raise a ValueError unless pairs and distances are possible in sequences of some length."""
+        """Raise a UserError unless pairs and distances are possible in sequences of some length."""
         if not 1 <= self._pairs <= len(self.names):
-            raise ValueError(
+            raise UserError(
                 f"data.{self.key}: got {self._pairs}, expected 1 to {len(self.names)}: each has its own name"
             )
         pair = self.pair(self.names[0], Random(0))
@@ -155,7 +156,7 @@ class Recall(AnswersSource, ABC):
         given = self._distances
         if not given or len(set(given)) < len(given) or self._least(min(given)) < self._nearest:
             after = f" after data.spread {self._spread} of them is taken off" if self._spread else ""
-            raise ValueError(
+            raise UserError(
                 f"data.distances: got {given}, expected one or more different ones of at least {self._nearest} tokens"
                 f"{after}, in which a statement ends before its question begins"
             )
@@ -183,7 +184,7 @@ class PassKey(Recall):
         train_examples, val_examples, test_examples, examples_seed: see `AnswersSource`.
 
     Raises:
-        ValueError: distances that are too short, or given twice.
+        UserError: distances that are too short, or given twice.
     """
 
     label = "passkey"
@@ -227,7 +228,7 @@ class AssociativeRecall(Recall):
         train_examples, val_examples, test_examples, examples_seed: see `AnswersSource`.
 
     Raises:
-        ValueError: distances that are too short, or given twice.
+        UserError: distances that are too short, or given twice.
     """
 
     label = "associative_recall"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longnet_kit.data.tokenizers import Tokenizer
+from longnet_kit.errors import UserError
 from longnet_kit.inference import CHUNK, generate, network, progress
 from longnet_kit.inference.sampling import Sampling
 from longnet_kit.inference.text import TextStream
@@ -64,19 +65,19 @@ def run(
         The text of each row.
 
     Raises:
-        ValueError: something of this cannot be used.
+        UserError: something of this cannot be used.
     """
     if "" in stop:
-        raise ValueError("--stop is empty; give the string that ends the text")
+        raise UserError("--stop is empty; give the string that ends the text")
     if samples < 1:
-        raise ValueError(f"--samples {samples}: expected at least 1")
+        raise UserError(f"--samples {samples}: expected at least 1")
     texts = [(f"--prompt {number}", os.fsencode(text)) for number, text in enumerate(prompts, start=1)]
     texts += [(f"--prompt-file {path}", _content(path)) for path in prompt_files]
     if not texts:
-        raise ValueError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
+        raise UserError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
     for name, raw in texts:
         if not raw:
-            raise ValueError(f"{name} is empty; give at least one character")
+            raise UserError(f"{name} is empty; give at least one character")
     trained = network.load(source, device=device)
     rows = [
         _Row(raw.decode(errors="replace"), _encoded(name, raw, trained.tokenizer), TextStream(trained.tokenizer, stop))
@@ -162,17 +163,17 @@ def _content(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"--prompt-file {path} cannot be read ({error.strerror}); give a text file") from error
+        raise UserError(f"--prompt-file {path} cannot be read ({error.strerror}); give a text file") from error
 
 
 def _encoded(name: str, raw: bytes, tokenizer: Tokenizer) -> list[int]:
     try:
         ids = tokenizer.encode(raw if tokenizer.takes_bytes else raw.decode())
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{name}: byte {error.start} (0x{raw[error.start]:02x}) is not UTF-8, which the tokenizer "
             f"{tokenizer.name} needs; give valid text, or use a model with tokenizer: bytes"
         ) from error
     if not len(ids):
-        raise ValueError(f"{name} holds nothing that the tokenizer {tokenizer.name} has a token for; give other text")
+        raise UserError(f"{name} holds nothing that the tokenizer {tokenizer.name} has a token for; give other text")
     return [int(i) for i in ids]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
+from longnet_kit.errors import UserError
 from longnet_kit.inference import CHUNK
 from longnet_kit.inference.network import Trained
 from longnet_kit.inference.sampling import Sampling
@@ -48,7 +49,7 @@ def generate(
         The drawn tokens of each row, the end-of-text token included.
 
     Raises:
-        ValueError: a prompt is empty or holds what is no token, a number is below 1, or the text outgrows the cache or
+        UserError: a prompt is empty or holds what is no token, a number is below 1, or the text outgrows the cache or
             the position embedding.
     """
     _check(prompts, max_new_tokens, chunk, seed)
@@ -82,12 +83,12 @@ def generate(
 
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int, seed: int) -> None:
     if not prompts:
-        raise ValueError("there is no prompt; give at least one")
+        raise UserError("there is no prompt; give at least one")
     for number, prompt in enumerate(prompts, start=1):
         if not len(prompt):
-            raise ValueError(f"prompt {number} is empty; give at least one token")
+            raise UserError(f"prompt {number} is empty; give at least one token")
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
         if value < 1:
-            raise ValueError(f"{name} is {value}, expected at least 1")
+            raise UserError(f"{name} is {value}, expected at least 1")
     if not 0 <= seed < _SEEDS - len(prompts):
-        raise ValueError(f"seed is {seed}, expected 0 to {_SEEDS - len(prompts) - 1}")
+        raise UserError(f"seed is {seed}, expected 0 to {_SEEDS - len(prompts) - 1}")

@@ -16,6 +16,7 @@ from longnet_kit import attention, model, placement, recipe, runs, tasks, weight
 from longnet_kit.attention.patterns import Dilated
 from longnet_kit.data import tokenizers
 from longnet_kit.data.tokenizers import Tokenizer
+from longnet_kit.errors import UserError
 from longnet_kit.model import Transformer
 from longnet_kit.recipe import Recipe
 
@@ -77,13 +78,13 @@ def load(source: str | Path, reach: int | None = None, device: str | None = None
         device: `cpu` or `cuda`; by default the recipe's accelerator where it is there.
 
     Raises:
-        ValueError: there is no such network, its weights do not fit, its tokenizer cannot be had, or `reach` is given
+        UserError: there is no such network, its weights do not fit, its tokenizer cannot be had, or `reach` is given
             and its attention has no branches.
     """
     r, path = find(source)
     task: Any = tasks.registry.get(r.task)
     if not getattr(task, "predicts_tokens", True):
-        raise ValueError(
+        raise UserError(
             f"{source} was trained for the task {r.task}, whose network predicts no next token, so it can neither "
             "generate text nor stream it; `longnet test` measures it"
         )
@@ -106,7 +107,7 @@ def find(source: str | Path) -> tuple[Recipe, Path]:
     """The recipe of a network, and the file of its weights; `source` as of `load`.
 
     Raises:
-        ValueError: there is no such network.
+        UserError: there is no such network.
     """
     source = Path(source)
     return _exported(source) if source.suffix == weights.EXPORTED else _of_run(source)
@@ -114,7 +115,7 @@ def find(source: str | Path) -> tuple[Recipe, Path]:
 
 def _of_run(source: Path) -> tuple[Recipe, Path]:
     if source.suffix == ".ckpt":
-        raise ValueError(f"{source} is a checkpoint; give the run that it is of, or `longnet export` it first")
+        raise UserError(f"{source} is a checkpoint; give the run that it is of, or `longnet export` it first")
     if not source.is_dir():
         source = runs.ROOT / recipe.load(source).name
     directory = runs.find(source)
@@ -124,7 +125,7 @@ def _of_run(source: Path) -> tuple[Recipe, Path]:
 def _exported(source: Path) -> tuple[Recipe, Path]:
     metadata = _metadata(source)
     if "recipe" not in metadata:
-        raise ValueError(f"{source} holds no recipe, so it was not made by `longnet export`; give one that was")
+        raise UserError(f"{source} holds no recipe, so it was not made by `longnet export`; give one that was")
     return recipe.loads(metadata["recipe"], source, ["init_from=null", "resume=null"]), source
 
 
@@ -135,21 +136,21 @@ def _exported_step(source: Path) -> int:
 
 def _metadata(source: Path) -> dict[str, str]:
     if not source.is_file():
-        raise ValueError(f"{source} does not exist; give a run directory, or a file that `longnet export` wrote")
+        raise UserError(f"{source} does not exist; give a run directory, or a file that `longnet export` wrote")
     try:
         with safe_open(source, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{source} is no safetensors file, or is damaged ({error}); export it again") from error
+        raise UserError(f"{source} is no safetensors file, or is damaged ({error}); export it again") from error
 
 
 def _device(r: Recipe, name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() and placement.on_accelerator(r) else "cpu")
     if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: expected cpu or cuda")
+        raise UserError(f"--device {name}: expected cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
     return torch.device(name)
 
 
@@ -158,12 +159,12 @@ def _further_branches(r: Recipe, reach: int) -> list[tuple[int, int]]:
     backend = attention.build(r.model.attention)
     pattern = backend.pattern
     if not isinstance(pattern, Dilated) or r.model.attention["backend"] != "dilated":
-        raise ValueError(
+        raise UserError(
             f"--extend adds branches to the attention backend dilated, and this network has "
             f"{r.model.attention['backend']}; leave --extend out"
         )
     if isinstance(backend.branch_logits, nn.Parameter):
-        raise ValueError(
+        raise UserError(
             "--extend adds branches, and this network has mixing: learned, a trained weight per branch, of which added "
             "branches have none; leave --extend out"
         )

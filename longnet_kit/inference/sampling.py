@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longnet_kit.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -19,7 +21,7 @@ class Sampling:
         top_p: only the likeliest tokens that together have at least this probability (arXiv 1904.09751); 1: all.
 
     Raises:
-        ValueError: a number is out of range.
+        UserError: a number is out of range.
     """
 
     temperature: float = 1.0
@@ -28,11 +30,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}, expected a number of at least 0")
+            raise UserError(f"temperature is {self.temperature}, expected a number of at least 0")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}, expected at least 1")
+            raise UserError(f"top_k is {self.top_k}, expected at least 1")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, expected a number above 0, up to 1")
+            raise UserError(f"top_p is {self.top_p}, expected a number above 0, up to 1")
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distribution that is drawn from: (..., V) to (..., V), float64.
@@ -57,12 +59,10 @@ class Sampling:
         """A token for each row of logits, (B, V), by the row's own CPU generator.
 
         Raises:
-            ValueError: logits are not finite.
+            UserError: logits are not finite.
         """
         logits = logits.double().cpu()
         if not logits.isfinite().all():
-            raise ValueError(
-                "the model's logits are not finite; its weights may be spoilt, or its precision too narrow"
-            )
+            raise UserError("the model's logits are not finite; its weights may be spoilt, or its precision too narrow")
         rows = zip(self.probabilities(logits), generators, strict=True)
         return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in rows]

@@ -20,6 +20,7 @@ import torch
 
 from longnet_kit import host_memory, runs, signals, weights
 from longnet_kit.data import tokenizers
+from longnet_kit.errors import UserError
 from longnet_kit.inference import CHUNK, network, progress, stream_report
 from longnet_kit.inference.corpus import Corpus, Errors, Place, Reader, Tokens, joined
 from longnet_kit.inference.network import Trained
@@ -77,16 +78,16 @@ def stream(
         device: see `network.load`.
 
     Raises:
-        ValueError: something of this cannot be used, or the stream outgrows its cache or its position embedding.
+        UserError: something of this cannot be used, or the stream outgrows its cache or its position embedding.
     """
     for name, value in (("--tokens", tokens), ("--chunk", chunk), ("--max-cached", max_cached)):
         if value is not None and not 1 <= value <= MOST_TOKENS:
-            raise ValueError(f"{name} {value}: expected 1 to {MOST_TOKENS:,}")
+            raise UserError(f"{name} {value}: expected 1 to {MOST_TOKENS:,}")
     if repeat and tokens is None:
-        raise ValueError("--repeat never ends by itself; say where to end with --tokens")
+        raise UserError("--repeat never ends by itself; say where to end with --tokens")
     corpus = Corpus(files, tokenizers.build(network.find(source)[0].data.tokenizer), errors, repeat)
     if not corpus.size:
-        raise ValueError(f"{', '.join(corpus.names)}: there is no text in it")
+        raise UserError(f"{', '.join(corpus.names)}: there is no text in it")
     ends = [n for n in (tokens, None if repeat else corpus.most_tokens) if n is not None]
     trained = network.load(source, reach=min(ends) if extend else None, device=device)
     identity = _identity(trained, corpus)
@@ -120,7 +121,7 @@ class _Reading:
         """Read to the end of the files, or until so many tokens were read; `total` is what that will be, if known."""
         cache, listener = self._cache, signals.Listener()
         if tokens is not None and cache.position >= tokens:
-            raise ValueError(
+            raise UserError(
                 f"--tokens {tokens}: {cache.position:,} were read into {self._kept.directory} before; give more, or "
                 "another folder with --output"
             )
@@ -182,7 +183,7 @@ class _Reading:
         nats = losses[0, : len(ids) - 1].double().cpu().numpy()
         if not np.isfinite(nats).all():
             where = first + 1 + int(np.flatnonzero(~np.isfinite(nats))[0])
-            raise ValueError(f"the loss of the token at position {where:,} is not finite; the weights may be spoilt")
+            raise UserError(f"the loss of the token at position {where:,} is not finite; the weights may be spoilt")
         self._score.add(first + 1, nats, taken.text_bytes[1:])
         self._since.add(nats, taken.text_bytes[1:])
         self._ahead = taken.part(slice(inputs, None))
@@ -245,7 +246,7 @@ class _Reading:
         """Say what came of it, and write it down."""
         position, place = self._cache.position, self._place
         if not position:
-            raise ValueError(f"{', '.join(self._corpus.names)}: there is no text in it")
+            raise UserError(f"{', '.join(self._corpus.names)}: there is no text in it")
         summary = stream_report.Summary(
             is_stopped=signum > 0,
             tokens=position,

@@ -17,6 +17,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from longnet_kit import callbacks, durable, run_lock, runs
+from longnet_kit.errors import UserError
 
 STATE, CURVE, IDENTITY = "state.pt", "curve.csv", "stream.json"
 _DECADES = ".decades"
@@ -49,7 +50,7 @@ class StreamFiles:
             identity: plain values that say what is read with which weights.
 
         Raises:
-            ValueError: it cannot be written, another process is there, or it is of another stream.
+            UserError: it cannot be written, another process is there, or it is of another stream.
         """
         with ExitStack() as held:
             try:
@@ -60,7 +61,7 @@ class StreamFiles:
                 files = cls(directory, _read_state(directory / STATE))
             except OSError as error:
                 reason = error.strerror or error
-                raise ValueError(
+                raise UserError(
                     f"{directory}: cannot be written ({reason}); name another folder with --output"
                 ) from error
             held.callback(files._close)
@@ -125,7 +126,7 @@ def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
             there = {}
         differing = [key for key in identity if there.get(key) != identity[key]]
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{directory} holds a stream of other {' and '.join(differing)}; name another folder with --output, or "
                 "delete this one"
             )
@@ -142,4 +143,4 @@ def _read_state(path: Path) -> dict[str, Any] | None:
         return state
     except Exception as error:  # a broken file can fail in any way that unpickling can
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged ({reason}); delete it to read from the beginning") from error
+        raise UserError(f"{path} is damaged ({reason}); delete it to read from the beginning") from error

@@ -35,7 +35,7 @@ def build(model: recipe.Model, vocab_size: int, seq_len: int, dtype: torch.dtype
         dtype: the dtype in which matrix products will run, for xPos's range check.
 
     Raises:
-        ValueError: settings that do not go together.
+        UserError: settings that do not go together.
     """
     return Transformer(
         vocab_size,

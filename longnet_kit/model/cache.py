@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from longnet_kit.errors import UserError
+
 if TYPE_CHECKING:
     from longnet_kit.attention import Cache
     from longnet_kit.model.transformer import Transformer
@@ -50,28 +52,28 @@ class StreamCache:
         return min(limits, default=None)
 
     def check(self, network: Transformer, tokens: Tensor) -> None:
-        """Raise a ValueError unless the network may go on with it through the next tokens, (B, n)."""
+        """Raise a UserError unless the network may go on with it through the next tokens, (B, n)."""
         if self._network is not network:
-            raise ValueError("the cache is of another model; make one with this model's new_cache")
+            raise UserError("the cache is of another model; make one with this model's new_cache")
         if not self._is_whole:
-            raise ValueError(
+            raise UserError(
                 "the cache was left half-way by an error, so its past is lost; make a new one, or load a saved one"
             )
         if tokens.shape[0] != self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"the cache is for {self.batch_size} streams, and tokens has a batch of {tokens.shape[0]}; make one "
                 f"with new_cache({tokens.shape[0]})"
             )
         dtype = computing_dtype(network.embedding.weight)
         if any(layer.dtype != dtype for layer in self.layers):
-            raise ValueError(
+            raise UserError(
                 f"the cache holds {self.layers[0].dtype} and the model computes in {dtype} now; make one with "
                 "new_cache under the same autocast"
             )
         self.check_room(tokens.shape[1])
 
     def check_room(self, tokens: int) -> None:
-        """Raise a ValueError where so many more tokens are beyond the cache or the model's position embedding."""
+        """Raise a UserError where so many more tokens are beyond the cache or the model's position embedding."""
         for layer in self.layers:
             layer.check_room(tokens)
         embedding = self._network.positions
@@ -89,7 +91,7 @@ class StreamCache:
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, for `torch.save`; `torch.load(..., weights_only=True)` reads them."""
         if not self._is_whole:
-            raise ValueError("the cache was left half-way by an error, so there is nothing to save")
+            raise UserError("the cache was left half-way by an error, so there is nothing to save")
         return {
             "position": self.position,
             "batch_size": self.batch_size,
@@ -102,27 +104,27 @@ class StreamCache:
         """Take over what `state_dict` gave, in this or another process.
 
         Raises:
-            ValueError: it is no such state, or of another model or batch.
+            UserError: it is no such state, or of another model or batch.
         """
         missing = {"position", "batch_size", "config", "weights", "layers"} - {*state}
         if missing:
-            raise ValueError(f"this is no state of a cache: it has no {', '.join(sorted(missing))}")
+            raise UserError(f"this is no state of a cache: it has no {', '.join(sorted(missing))}")
         own, saved = _config(self._network), state["config"]
         keys = [key for key in {**own, **saved} if own.get(key) != saved.get(key)]
         if keys:
             differing = "; ".join(f"{key} is {saved.get(key)} there and {own.get(key)} here" for key in keys)
-            raise ValueError(f"the saved cache is of another model: {differing}")
+            raise UserError(f"the saved cache is of another model: {differing}")
         if state["batch_size"] != self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"the saved cache is for {state['batch_size']} streams and this one for {self.batch_size}; load it "
                 f"into new_cache({state['batch_size']})"
             )
         if state["weights"] != fingerprint(self._network):
-            raise ValueError("the saved cache is of a model like this one with other weights; load those weights first")
+            raise UserError("the saved cache is of a model like this one with other weights; load those weights first")
         layers, position = state["layers"], state["position"]
         fits = isinstance(layers, Sequence) and len(layers) == len(self.layers)
         if not fits or any(not isinstance(x, Mapping) or x.get("position") != position for x in layers):
-            raise ValueError("this is no state of a cache: its layers are not all there, or at different positions")
+            raise UserError("this is no state of a cache: its layers are not all there, or at different positions")
         self._is_whole = False
         for layer, layer_state in zip(self.layers, layers, strict=True):
             layer.load_state_dict(layer_state)

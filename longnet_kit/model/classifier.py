@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longnet_kit.attention.sharding import SequenceShard
+from longnet_kit.errors import UserError
 from longnet_kit.model.transformer import Transformer
 
 
@@ -20,7 +21,7 @@ class Classifier(Transformer):
         options: those of `Transformer`; with `causal=False` every token sees all others that the attention lets it see.
 
     Raises:
-        ValueError: as of `Transformer`; fewer than two classes, or a `loss_chunk`, which only losses of tokens have.
+        UserError: as of `Transformer`; fewer than two classes, or a `loss_chunk`, which only losses of tokens have.
     """
 
     own_head = "head.weight", "head.bias"
@@ -28,9 +29,9 @@ class Classifier(Transformer):
 
     def __init__(self, vocab_size: int, *, classes: int, **options: Any) -> None:
         if classes < 2:
-            raise ValueError(f"classes is {classes}, expected at least 2")
+            raise UserError(f"classes is {classes}, expected at least 2")
         if options.get("loss_chunk") is not None:
-            raise ValueError(
+            raise UserError(
                 f"loss_chunk is {options['loss_chunk']}, but a classifier has one row of logits for a whole sequence; "
                 "leave it out"
             )
@@ -53,7 +54,7 @@ class Classifier(Transformer):
             (B, C); the same on all ranks that share the sequences.
 
         Raises:
-            ValueError: malformed arguments.
+            UserError: malformed arguments.
         """
         states = self.hidden(tokens, positions=positions, key_padding_mask=key_padding_mask)
         return self.head(mean_of_real(states, key_padding_mask, self.shard))

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longnet_kit.attention.sharding import SequenceShard
+from longnet_kit.errors import UserError
 
 _MIX = (0x7FEB352D, -0x7B935975)  # odd multipliers of a 32-bit finalizer (lowbias32), as signed numbers
 _STEPS = (-0x61C88647, 0x3C6EF372, -0x2545F491)  # odd, one for each of row, position and feature
@@ -29,7 +30,7 @@ class Dropout(nn.Module):
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()
         if not 0 <= p <= 1:
-            raise ValueError(f"the dropout probability is {p}, expected 0 to 1")
+            raise UserError(f"the dropout probability is {p}, expected 0 to 1")
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longnet_kit.errors import UserError
 from longnet_kit.model.blocks import Block
 from longnet_kit.model.dropout import Dropout
 
@@ -43,7 +44,7 @@ class LongViT(nn.Module):
         ffn_chunk: patches that go through the feed-forward layers at a time; None: all.
 
     Raises:
-        ValueError: sizes that do not go together, or an attention mapping that is wrong.
+        UserError: sizes that do not go together, or an attention mapping that is wrong.
     """
 
     def __init__(
@@ -63,14 +64,14 @@ class LongViT(nn.Module):
         sizes = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "layers": layers, "heads": heads}
         for name, size in {**sizes, "ffn_dim": ffn_dim, "ffn_chunk": ffn_chunk}.items():
             if size is not None and size < 1:
-                raise ValueError(f"{name} is {size}, expected at least 1")
+                raise UserError(f"{name} is {size}, expected at least 1")
         if image_size % patch_size:
-            raise ValueError(
+            raise UserError(
                 f"image_size is {image_size} and patch_size is {patch_size}; image_size must be a multiple of "
                 f"patch_size, as {_nearest(image_size, patch_size)} is"
             )
         if dim % heads:
-            raise ValueError(f"dim is {dim} and heads is {heads}; dim must be a multiple of heads")
+            raise UserError(f"dim is {dim} and heads is {heads}; dim must be a multiple of heads")
         self.dim, self.patch_size = dim, patch_size
         options = image_attention(image_size) if attention is None else attention
         self.embed = nn.Conv2d(CHANNELS, dim, patch_size, stride=patch_size)
@@ -99,7 +100,7 @@ class LongViT(nn.Module):
             (B, N, dim), N = height / patch_size * width / patch_size.
 
         Raises:
-            ValueError: images of another kind or size.
+            UserError: images of another kind or size.
         """
         self._check(images)
         x = self.embed(images)  # (B, dim, rows, columns)
@@ -121,14 +122,14 @@ class LongViT(nn.Module):
 
     def _check(self, images: Tensor) -> None:
         if images.dim() != 4 or images.shape[1] != CHANNELS or not images.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"images is {images.dtype} of shape {tuple(images.shape)}, expected floating point of "
                 f"(batch, {CHANNELS}, height, width)"
             )
         height, width = images.shape[2:]
         fitting = _nearest(height, self.patch_size), _nearest(width, self.patch_size)
         if (height, width) != fitting:
-            raise ValueError(
+            raise UserError(
                 f"images are {height} x {width} (height x width) and patches {self.patch_size} x {self.patch_size}; "
                 f"resize, crop or pad the images to {fitting[0]} x {fitting[1]}"
             )
@@ -159,13 +160,13 @@ class ImageClassifier(nn.Module):
         classes: how many logits there are.
 
     Raises:
-        ValueError: there are no classes.
+        UserError: there are no classes.
     """
 
     def __init__(self, backbone: LongViT, classes: int) -> None:
         super().__init__()
         if classes < 1:
-            raise ValueError(f"classes is {classes}, expected at least 1")
+            raise UserError(f"classes is {classes}, expected at least 1")
         self.backbone = backbone
         self.norm = nn.LayerNorm(backbone.dim)
         self.head = nn.Linear(backbone.dim, classes)

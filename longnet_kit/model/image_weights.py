@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longnet_kit.errors import UserError
 from longnet_kit.model import torchscale_layers as layers
 from longnet_kit.model.image_encoder import ImageClassifier, ImageEncoder, LongViT
 
@@ -41,11 +42,11 @@ def convert(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor
             ImageClassifier for a fine-tuned one, or a LongViT for either, of which then the rest is left out.
 
     Raises:
-        ValueError: keys are missing, left over, or of another shape (the first of each are named), or the network is
+        UserError: keys are missing, left over, or of another shape (the first of each are named), or the network is
             of another kind.
     """
     if not isinstance(network, LongViT | ImageEncoder | ImageClassifier):
-        raise ValueError(
+        raise UserError(
             f"these are weights of LongViT, and this network is a {type(network).__name__}; load them into a "
             "longnet_kit.model.ImageEncoder, ImageClassifier or LongViT"
         )
@@ -94,15 +95,15 @@ def _tops(network: nn.Module) -> dict[str, str]:
 
 
 def _check_kind(given: Mapping[str, Tensor], network: nn.Module) -> None:
-    """Raise a ValueError for a classifier's weights in an encoder, and the other way round."""
+    """Raise a UserError for a classifier's weights in an encoder, and the other way round."""
     is_classifier = any(key.startswith("fc_norm.") for key in given)
     if isinstance(network, ImageEncoder) and is_classifier:
-        raise ValueError(
+        raise UserError(
             "these are weights of a LongViT that was fine-tuned (fc_norm, head), and this network is an ImageEncoder; "
             "load them into an ImageClassifier, or into the encoder's backbone alone"
         )
     if isinstance(network, ImageClassifier) and not is_classifier:
-        raise ValueError(
+        raise UserError(
             "these are weights of a LongViT without a classifier (fc_norm, head), and this network is an "
             "ImageClassifier; load them into its backbone, and train the rest"
         )

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from longnet_kit.errors import UserError
+
 IGNORED = -100
 """A target that has no loss."""
 
@@ -30,12 +32,12 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: 
         (B, N), float32 (float64 where hidden is).
 
     Raises:
-        ValueError: chunk_tokens is below 1.
+        UserError: chunk_tokens is below 1.
     """
     if chunk_tokens is None:
         chunk_tokens = default_chunk(weight)
     if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1")
+        raise UserError(f"chunk_tokens is {chunk_tokens}, expected at least 1")
     if targets.numel() <= chunk_tokens:
         return _losses(hidden.flatten(0, 1), weight, targets.flatten()).view(targets.shape)
     chunks = zip(hidden.flatten(0, 1).split(chunk_tokens), targets.flatten().split(chunk_tokens), strict=True)

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from longnet_kit.errors import UserError
+
 Kind = Literal["rope", "xpos", "none"]
 
 BASE = 10_000.0
@@ -28,12 +30,12 @@ class Rope:
         head_dim: D.
 
     Raises:
-        ValueError: D is odd, so its dimensions do not pair up.
+        UserError: D is odd, so its dimensions do not pair up.
     """
 
     def __init__(self, head_dim: int) -> None:
         if head_dim % 2:
-            raise ValueError(
+            raise UserError(
                 f"heads of {head_dim} dimensions cannot be rotated in pairs; choose dim and heads so that dim / heads "
                 "is even, or positions: none"
             )
@@ -54,7 +56,7 @@ class Rope:
         return _table(cos, cos, dtype), _table(-sin, sin, dtype)
 
     def check(self, length: int) -> None:
-        """Raise a ValueError where positions 0 to length - 1 cannot be represented; here all can."""
+        """Raise a UserError where positions 0 to length - 1 cannot be represented; here all can."""
 
     def _halves(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (..., N, 1, D/2) float64; the dimension of size 1 is query or key."""
@@ -76,7 +78,7 @@ class XPos(Rope):
         dtype: of the computation; its normal range must hold the factors.
 
     Raises:
-        ValueError: D is odd, or seq_len is above `longest(dtype)`.
+        UserError: D is odd, or seq_len is above `longest(dtype)`.
     """
 
     def __init__(self, head_dim: int, seq_len: int, dtype: torch.dtype = torch.float32) -> None:
@@ -93,13 +95,13 @@ class XPos(Rope):
         return int(2 * XPOS_SCALE_BASE * room / math.log((1 + XPOS_OFFSET) / XPOS_OFFSET))
 
     def check(self, length: int) -> None:
-        """Raise a ValueError where the factor of one of the positions 0 to length - 1 leaves the dtype's range."""
+        """Raise a UserError where the factor of one of the positions 0 to length - 1 leaves the dtype's range."""
         longest = self.longest(self.dtype)
         if 2 * max(self.centre, length - self.centre) > longest:
             seq_len = int(2 * self.centre)
             given = f"{length:,} tokens" + (f" in a model built for {seq_len:,}" if seq_len != length else "")
             reached = longest if seq_len == length else int(longest / 2 + self.centre)
-            raise ValueError(
+            raise UserError(
                 f"positions: xpos reaches {reached:,} tokens in {str(self.dtype).removeprefix('torch.')} before its "
                 f"decay factor leaves the number range, and got {given}; use positions: rope, a shorter seq_len, or a "
                 "precision of wider range (float32 and bfloat16 reach the same length)"
@@ -121,16 +123,16 @@ def build(kind: Kind, *, head_dim: int, seq_len: int, causal: bool, dtype: torch
         dtype: the dtype in which the model computes, for xPos's range.
 
     Raises:
-        ValueError: an unknown kind, or one that this model cannot have.
+        UserError: an unknown kind, or one that this model cannot have.
     """
     if kind == "none":
         return None
     if kind == "rope":
         return Rope(head_dim)
     if kind != "xpos":
-        raise ValueError(f"positions is {kind!r}, expected 'rope', 'xpos' or 'none'")
+        raise UserError(f"positions is {kind!r}, expected 'rope', 'xpos' or 'none'")
     if not causal:
-        raise ValueError(
+        raise UserError(
             "positions: xpos needs causal: true, since its decay with distance grows without bound for later keys; "
             "use positions: rope"
         )

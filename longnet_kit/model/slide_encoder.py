@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from longnet_kit.errors import UserError
 from longnet_kit.model.blocks import Block
 from longnet_kit.model.dropout import Dropout
 
@@ -37,7 +38,7 @@ class SlideEncoder(nn.Module):
         ffn_chunk: tokens that go through the feed-forward layers at a time; None: all.
 
     Raises:
-        ValueError: sizes or settings that do not go together, or an attention mapping that is wrong.
+        UserError: sizes or settings that do not go together, or an attention mapping that is wrong.
     """
 
     def __init__(
@@ -59,11 +60,11 @@ class SlideEncoder(nn.Module):
         sizes = {"in_dim": in_dim, "dim": dim, "layers": layers, "heads": heads, "ffn_dim": ffn_dim, "grid": grid}
         for name, size in {**sizes, "tile_size": tile_size, "ffn_chunk": ffn_chunk}.items():
             if size is not None and size < 1:
-                raise ValueError(f"{name} is {size}, expected at least 1")
+                raise UserError(f"{name} is {size}, expected at least 1")
         if dim % heads or dim % 4:
-            raise ValueError(f"dim is {dim} and heads is {heads}; dim must be a multiple of heads and of 4")
+            raise UserError(f"dim is {dim} and heads is {heads}; dim must be a multiple of heads and of 4")
         if pooling not in get_args(Pooling):
-            raise ValueError(f"pooling is {pooling!r}, expected 'cls' or 'mean'")
+            raise UserError(f"pooling is {pooling!r}, expected 'cls' or 'mean'")
         self.in_dim, self.grid, self.tile_size, self.pooling = in_dim, grid, tile_size, pooling
         options = slide_attention(tile_size=tile_size) if attention is None else attention
         self.embed = nn.Linear(in_dim, dim)
@@ -100,7 +101,7 @@ class SlideEncoder(nn.Module):
             (B, dim).
 
         Raises:
-            ValueError: malformed arguments, a tile beyond the grid, or a slide without a tile.
+            UserError: malformed arguments, a tile beyond the grid, or a slide without a tile.
         """
         *_, x = self._states(features, coordinates, key_padding_mask)
         return self._pooled(self.encoder_norm(x), key_padding_mask)
@@ -148,7 +149,7 @@ class SlideEncoder(nn.Module):
         inside = (cells >= 0) & (cells < self.grid)  # false for NaN
         if not inside.all():
             outside = coordinates[~inside.all(dim=-1)][0].tolist()
-            raise ValueError(
+            raise UserError(
                 f"a tile stands at {tuple(outside)}, and coordinates are 0 to below {self.grid * self.tile_size:,} "
                 f"({self.grid} tiles of {self.tile_size}); give tile corners in pixels at the level of the tiles, or "
                 "build the encoder with a larger grid"
@@ -157,22 +158,22 @@ class SlideEncoder(nn.Module):
 
     def _check(self, features: Tensor, coordinates: Tensor, mask: Tensor | None) -> None:
         if features.dim() != 3 or features.shape[1] < 1 or features.shape[2] != self.in_dim:
-            raise ValueError(
+            raise UserError(
                 f"features has shape {tuple(features.shape)}, expected (batch, at least one tile, {self.in_dim})"
             )
         if coordinates.shape != (*features.shape[:2], 2):
-            raise ValueError(
+            raise UserError(
                 f"coordinates has shape {tuple(coordinates.shape)}, expected {(*features.shape[:2], 2)}: two of a tile"
             )
         if mask is None:
             return
         if mask.dtype != torch.bool or mask.shape != features.shape[:2]:
-            raise ValueError(
+            raise UserError(
                 f"key_padding_mask is {mask.dtype} of shape {tuple(mask.shape)}, expected torch.bool of "
                 f"{tuple(features.shape[:2])}, True where the tile is real"
             )
         if not mask.any(dim=1).all():
-            raise ValueError("key_padding_mask leaves a slide without a tile; take that slide out of the batch")
+            raise UserError("key_padding_mask leaves a slide without a tile; take that slide out of the batch")
 
 
 def slide_attention(slide_size: int = 262_144, tile_size: int = 256) -> dict[str, Any]:
@@ -182,11 +183,11 @@ def slide_attention(slide_size: int = 262_144, tile_size: int = 256) -> dict[str
         slide_size: side of the largest slide, in pixels, of which `tile_size` are a tile's.
 
     Raises:
-        ValueError: such a slide has fewer than 1024 tiles.
+        UserError: such a slide has fewer than 1024 tiles.
     """
     tiles = (slide_size // tile_size) ** 2
     if tiles < 1024:
-        raise ValueError(
+        raise UserError(
             f"slides of {slide_size} have at most {tiles} tiles of {tile_size}, and the shortest segment is of 1024; "
             "give attention with segment_lengths of your own"
         )

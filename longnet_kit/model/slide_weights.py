@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from longnet_kit.errors import UserError
 from longnet_kit.model import torchscale_layers as layers
 from longnet_kit.model.slide_encoder import SlideEncoder, side_embedding
 
@@ -33,11 +34,11 @@ def convert(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor
         network: the SlideEncoder that the result is to be loaded into: its sizes decide.
 
     Raises:
-        ValueError: keys are missing, left over, or of another shape (the first of each are named), the embedding of
+        UserError: keys are missing, left over, or of another shape (the first of each are named), the embedding of
             places is another one, or the network is no SlideEncoder.
     """
     if not isinstance(network, SlideEncoder):
-        raise ValueError(
+        raise UserError(
             f"these are weights of a slide encoder, and this network is a {type(network).__name__}; load them into a "
             "longnet_kit.model.SlideEncoder"
         )
@@ -63,10 +64,10 @@ def convert(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor
 
 
 def _check_places(table: Tensor, network: SlideEncoder) -> None:
-    """Raise a ValueError unless a table of places, (1, 1 + grid * grid, dim), holds what the network computes."""
+    """Raise a UserError unless a table of places, (1, 1 + grid * grid, dim), holds what the network computes."""
     grid, dim = network.grid, network.embed.out_features
     if tuple(table.shape) != (1, 1 + grid * grid, dim):
-        raise ValueError(
+        raise UserError(
             f"the slide encoder's weights do not fit: {_PLACES} is {tuple(table.shape)} there and "
             f"{(1, 1 + grid * grid, dim)} here; build the encoder with the grid that they were trained with"
         )
@@ -78,7 +79,7 @@ def _check_places(table: Tensor, network: SlideEncoder) -> None:
         is_same = is_same and bool(((second - side).abs() <= tolerance).all())
         is_same = is_same and bool(((first - side[row]).abs() <= tolerance).all())
     if not is_same:
-        raise ValueError(
+        raise UserError(
             f"{_PLACES} there is not the sines and cosines of the tiles' places, which this encoder computes; such "
             "weights cannot be represented"
         )

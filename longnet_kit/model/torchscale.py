@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longnet_kit.errors import UserError
 from longnet_kit.model import torchscale_layers as layers
 from longnet_kit.model.positions import XPos
 from longnet_kit.model.transformer import Transformer
@@ -37,11 +38,11 @@ def convert(state: Mapping[str, Tensor], network: nn.Module, *, scale_embedding:
         scale_embedding: whether embeddings are multiplied by sqrt(dim) there (`no_scale_embedding` not given).
 
     Raises:
-        ValueError: keys are missing, left over, or of another shape (the first of each are named), the output
+        UserError: keys are missing, left over, or of another shape (the first of each are named), the output
             projection is not the embedding, the position embeddings differ, or the network is no Transformer.
     """
     if not isinstance(network, Transformer):
-        raise ValueError(
+        raise UserError(
             f"these are weights of torchscale's decoder, and this network is a {type(network).__name__}; load them "
             "into a Transformer"
         )
@@ -66,11 +67,11 @@ def _halves(x: Tensor, heads: int) -> Tensor:
 
 
 def _check(given: Mapping[str, Tensor], network: Transformer) -> None:
-    """Raise a ValueError unless these are the weights of such a network."""
+    """Raise a UserError unless these are the weights of such a network."""
     has_xpos = "layers.0.self_attn.xpos.scale" in given
     if has_xpos != isinstance(network.positions, XPos):
         there, here = ("with", "without") if has_xpos else ("without", "with")
-        raise ValueError(
+        raise UserError(
             f"torchscale's weights were trained {there} xPos and this model is {here} it; set model.positions to "
             f"{'xpos' if has_xpos else 'none'}"
         )
@@ -85,4 +86,4 @@ def _check(given: Mapping[str, Tensor], network: Transformer) -> None:
     layers.check("torchscale's weights", given, wanted | layers.shapes(network.blocks), others)
     projection = given.get("output_projection.weight")
     if projection is not None and not torch.equal(projection, given["embed_tokens.weight"]):
-        raise ValueError("torchscale's output projection is not its embedding, and this model's head is its embedding")
+        raise UserError("torchscale's output projection is not its embedding, and this model's head is its embedding")

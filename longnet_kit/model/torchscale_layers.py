@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longnet_kit.errors import UserError
 from longnet_kit.model.blocks import Block
 
 FIRST = "layers.0.self_attn.q_proj.weight"
@@ -80,7 +81,7 @@ def convert(
 
 
 def check(whose: str, given: Mapping[str, Tensor], wanted: Shapes, others: Collection[str] = ()) -> None:
-    """Raise a ValueError unless there is exactly what is wanted, in the right shapes; the first misfits are named.
+    """Raise a UserError unless there is exactly what is wanted, in the right shapes; the first misfits are named.
 
     Args:
         whose: the weights, in words.
@@ -98,4 +99,4 @@ def check(whose: str, given: Mapping[str, Tensor], wanted: Shapes, others: Colle
     for words, found in (("are missing", missing), ("are left over", unexpected), ("do not fit", misfits)):
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise ValueError(f"{whose} {words}: {', '.join(found[:3])}{more}")
+            raise UserError(f"{whose} {words}: {', '.join(found[:3])}{more}")

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longnet_kit.attention import AttentionBackend
 from longnet_kit.attention.sharding import SequenceShard
+from longnet_kit.errors import UserError
 from longnet_kit.model import positions as position_embeddings
 from longnet_kit.model.blocks import Block, Tables
 from longnet_kit.model.cache import StreamCache, computing_dtype
@@ -46,7 +47,7 @@ class Transformer(nn.Module):
         compute_dtype: the dtype in which matrix products will run, for xPos's range check.
 
     Raises:
-        ValueError: sizes or settings that do not go together, or an attention mapping that is wrong.
+        UserError: sizes or settings that do not go together, or an attention mapping that is wrong.
     """
 
     save_on_cpu: Callable[..., AbstractContextManager] = save_on_cpu
@@ -79,9 +80,9 @@ class Transformer(nn.Module):
         chunks = {"ffn_chunk": ffn_chunk, "loss_chunk": loss_chunk}
         for name, size in {**sizes, **chunks}.items():
             if size is not None and size < 1:
-                raise ValueError(f"{name} is {size}, expected at least 1")
+                raise UserError(f"{name} is {size}, expected at least 1")
         if dim % heads:
-            raise ValueError(f"dim is {dim} and heads is {heads}; dim must be a multiple of heads")
+            raise UserError(f"dim is {dim} and heads is {heads}; dim must be a multiple of heads")
         self.config: dict[str, Any] = sizes | {
             "dropout": dropout,
             "positions": positions,
@@ -91,7 +92,7 @@ class Transformer(nn.Module):
             **chunks,
         }
         if activation_checkpointing not in get_args(Checkpointing):
-            raise ValueError(
+            raise UserError(
                 f"activation_checkpointing is {activation_checkpointing!r}, expected one of "
                 f"{', '.join(map(repr, get_args(Checkpointing)))}"
             )
@@ -152,7 +153,7 @@ class Transformer(nn.Module):
             (B, N, dim).
 
         Raises:
-            ValueError: malformed arguments, more tokens than xPos can represent, or a cache that does not go with them.
+            UserError: malformed arguments, more tokens than xPos can represent, or a cache that does not go with them.
         """
         if cache is not None:
             return self._next(tokens, positions, key_padding_mask, cache)
@@ -177,12 +178,12 @@ class Transformer(nn.Module):
             max_tokens: up to where a cache grows that keeps every token; by default 65,536.
 
         Raises:
-            ValueError: the model is not causal, its attention has no cache, or batch_size is below 1.
+            UserError: the model is not causal, its attention has no cache, or batch_size is below 1.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+            raise UserError(f"batch_size is {batch_size}, expected at least 1")
         if not self.causal:
-            raise ValueError("the model is not causal: what comes later changes its past, so it has no cache")
+            raise UserError("the model is not causal: what comes later changes its past, so it has no cache")
         weight = self.embedding.weight
         factory = {"dtype": computing_dtype(weight), "device": weight.device, "max_tokens": max_tokens}
         layers = [block.attention.new_cache(batch_size, **factory) for block in self.blocks]
@@ -194,9 +195,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """`hidden` of the next tokens of streams."""
         if key_padding_mask is not None:
-            raise ValueError("with a cache there is no padding: all streams advance together; leave out the mask")
+            raise UserError("with a cache there is no padding: all streams advance together; leave out the mask")
         if self.training and self.dropout.p:
-            raise ValueError("a cache is for evaluation, and the model is in training with dropout; call eval() first")
+            raise UserError("a cache is for evaluation, and the model is in training with dropout; call eval() first")
         tables = self._tables(tokens, positions, cache.position)
         cache.check(self, tokens)
         self._check_tokens(tokens)
@@ -207,17 +208,17 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def _check_tokens(self, tokens: Tensor) -> None:
-        """Raise a ValueError for what an embedding would answer with an error of its own, half-way."""
+        """Raise a UserError for what an embedding would answer with an error of its own, half-way."""
         weight = self.embedding.weight
         if not tokens.numel():
-            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give at least one token")
+            raise UserError(f"tokens has shape {tuple(tokens.shape)}; give at least one token")
         if tokens.dtype not in (torch.int32, torch.int64) or tokens.device != weight.device:
-            raise ValueError(
+            raise UserError(
                 f"tokens is {tokens.dtype} on {tokens.device}, expected torch.int64 or int32 on {weight.device}"
             )
         smallest, largest = (int(x) for x in tokens.aminmax())
         if smallest < 0 or largest >= len(weight):
-            raise ValueError(
+            raise UserError(
                 f"tokens holds {smallest if smallest < 0 else largest}, and the model's vocabulary is 0 to "
                 f"{len(weight) - 1}; was the text encoded with another tokenizer?"
             )
@@ -251,7 +252,7 @@ class Transformer(nn.Module):
     def _tables(self, tokens: Tensor, positions: Tensor | None, past: int = 0) -> Tables | None:
         """Cosines and sines for all layers, at least float32; `past` tokens were there before."""
         if tokens.dim() != 2:
-            raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected two dimensions: batch, seq")
+            raise UserError(f"tokens has shape {tuple(tokens.shape)}, expected two dimensions: batch, seq")
         if positions is None:
             if self.positions is None:
                 return None
@@ -261,7 +262,7 @@ class Transformer(nn.Module):
             self.positions.check(past + tokens.shape[1] * shards)
             positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
         elif positions.shape not in (tokens.shape, tokens.shape[1:]) or positions.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"positions is {positions.dtype} of shape {tuple(positions.shape)}, expected integers of shape "
                 f"{tuple(tokens.shape[1:])} or {tuple(tokens.shape)}"
             )

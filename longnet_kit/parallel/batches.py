@@ -10,6 +10,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from longnet_kit.attention.sharding import SequenceShard
+from longnet_kit.errors import UserError
 
 
 def cut(batch: Any, shard: SequenceShard) -> Any:
@@ -19,14 +20,14 @@ def cut(batch: Any, shard: SequenceShard) -> Any:
         batch: any nesting of mappings, lists and tuples. Tensors of fewer than two dimensions stay whole.
 
     Raises:
-        ValueError: the second dimensions differ, so that it is not clear which is the sequence, or the sequence does
+        UserError: the second dimensions differ, so that it is not clear which is the sequence, or the sequence does
             not divide among the ranks.
     """
     if shard.size == 1:
         return batch
     lengths = sorted({x.shape[1] for x in tensors(batch) if x.dim() >= 2})
     if len(lengths) > 1:
-        raise ValueError(
+        raise UserError(
             f"the batch holds tensors whose second dimensions are {lengths}, so it is not clear which of them is the "
             "sequence; write shard_batch(batch, shard) in your LightningModule, which returns this rank's part"
         )
@@ -34,7 +35,7 @@ def cut(batch: Any, shard: SequenceShard) -> Any:
         return batch
     (seq_len,) = lengths
     if problem := indivisible(seq_len, shard.size):
-        raise ValueError(problem)
+        raise UserError(problem)
     n = seq_len // shard.size
     start = shard.first_position(n)
 
@@ -54,14 +55,14 @@ def indivisible(seq_len: int, size: int) -> str:
 
 
 def check_same(batch: Any, shard: SequenceShard, device: torch.device) -> None:
-    """Raise a ValueError on all ranks of a sequence unless they hold one and the same batch."""
+    """Raise a UserError on all ranks of a sequence unless they hold one and the same batch."""
     if shard.size == 1:
         return
     own = torch.tensor([fingerprint(batch)], dtype=torch.int64, device=device)
     found = shard.all_gather(own)().tolist()
     if len(set(found)) > 1:
         others = [rank for rank, other in enumerate(found) if other != found[0]]
-        raise ValueError(
+        raise UserError(
             f"the {shard.size} ranks that share a sequence were given different batches (of the group's ranks, "
             f"{others} differ from the first). Sample by trainer.distributed_sampler_kwargs, which counts a group as "
             "one replica, and draw anything random from a seed that does not depend on the rank"

@@ -37,7 +37,7 @@ class SequenceParallelFSDPStrategy(SequenceParallel, ModelParallelStrategy):
         timeout: how long a transfer may take before the job is brought down.
 
     Raises:
-        ValueError: when training starts, if the size does not divide the devices.
+        UserError: when training starts, if the size does not divide the devices.
     """
 
     strategy_name = "sequence_parallel_fsdp"

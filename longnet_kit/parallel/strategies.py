@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 
 from longnet_kit.attention.inputs import divisors
 from longnet_kit.attention.sharding import bind
+from longnet_kit.errors import UserError
 from longnet_kit.parallel import batches, group
 from longnet_kit.parallel.group import ProcessShard
 
@@ -70,12 +71,12 @@ class SequenceParallel(Strategy):
         """Ranks that share one sequence.
 
         Raises:
-            ValueError: it does not divide the devices.
+            UserError: it does not divide the devices.
         """
         world = self.world_size  # type: ignore[attr-defined]
         size = world if self._sequence_parallel_size == "auto" else self._sequence_parallel_size
         if world % size:
-            raise ValueError(indivisible_world(size, world))
+            raise UserError(indivisible_world(size, world))
         return size
 
     def join(self) -> None:
@@ -147,7 +148,7 @@ class SequenceParallel(Strategy):
     def on_exception(self, exception: BaseException) -> None:
         """Say which rank ends, and see to it that none of those that this job started stays behind."""
         super().on_exception(exception)
-        if isinstance(exception, Exception) and not isinstance(exception, (ValueError, *self.told_elsewhere)):
+        if isinstance(exception, Exception) and not isinstance(exception, (UserError, *self.told_elsewhere)):
             print(self._last_words(exception), file=sys.stderr, flush=True)
         for process in getattr(self.launcher, "procs", ()):
             try:
@@ -181,7 +182,7 @@ class SequenceParallelStrategy(SequenceParallel, DDPStrategy):
         kwargs: those of DDPStrategy.
 
     Raises:
-        ValueError: when training starts, if the size does not divide the devices.
+        UserError: when training starts, if the size does not divide the devices.
     """
 
     strategy_name = "sequence_parallel"
@@ -218,7 +219,7 @@ def indivisible_world(size: int, world: int) -> str:
 
 def checked_size(size: int | Literal["auto"]) -> int | Literal["auto"]:
     if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise ValueError(f"sequence_parallel_size is {size!r}, expected a whole number of at least 1, or 'auto'")
+        raise UserError(f"sequence_parallel_size is {size!r}, expected a whole number of at least 1, or 'auto'")
     return size
 
 

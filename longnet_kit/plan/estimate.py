@@ -18,6 +18,7 @@ import torch
 
 from longnet_kit import attention, experiment, placement, typed
 from longnet_kit.attention.patterns import Dilated
+from longnet_kit.errors import UserError
 from longnet_kit.model import compute_dtype
 from longnet_kit.out_of_memory import FFN_CHUNK, ffn_chunk_is_worth_it, is_out_of_memory
 from longnet_kit.plan import machines, spread, step
@@ -125,12 +126,12 @@ def plan(
         gpu: `a100`, `h100` or `h200`; by default this machine's CPU.
 
     Raises:
-        ValueError: the recipe cannot be used, or there is no such device.
+        UserError: the recipe cannot be used, or there is no such device.
     """
     if gpu is not None and gpu not in machines.GPUS:
-        raise ValueError(f"gpu: {gpu!r} is not known; {typed.suggestion(gpu, machines.GPUS)}")
+        raise UserError(f"gpu: {gpu!r} is not known; {typed.suggestion(gpu, machines.GPUS)}")
     if devices is not None and devices < 1:
-        raise ValueError(f"devices is {devices}, expected a whole number of at least 1")
+        raise UserError(f"devices is {devices}, expected a whole number of at least 1")
     r, assumed = spread.load(path, overrides, devices)
     dtype = compute_dtype(placement.precision(r))
     machine = machines.GPUS[gpu] if gpu else machines.here(dtype, spread.of(r).devices)
@@ -261,7 +262,7 @@ def _changes(path: str | Path, overrides: Sequence[str], made: Plan) -> list[tup
         items = [f"{key}={value}" for key, value in {**settings, **named}.items()]
         try:
             changed = spread.load(path, [*kept, *items], None)[0]
-        except ValueError:
+        except UserError:
             return False
         plan_ = of(changed, made.machine)
         if plan_.peak < (found[-1][1] if found else made).peak:

@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning.pytorch.strategies import Strategy
 
 from longnet_kit import parallel, placement, recipe
+from longnet_kit.errors import UserError
 from longnet_kit.recipe import Recipe
 
 NODE = 8
@@ -68,14 +69,14 @@ def load(path: str | Path, overrides: Sequence[str], devices: int | None) -> tup
         The recipe, and what was assumed.
 
     Raises:
-        ValueError: as `recipe.load`; or `devices` beside trainer.devices or trainer.num_nodes.
+        UserError: as `recipe.load`; or `devices` beside trainer.devices or trainer.num_nodes.
     """
     keys = {item.partition("=")[0] for item in overrides}
     if devices is None:
         return recipe.load(path, overrides), ""
     twice = sorted(keys & {"trainer.devices", "trainer.num_nodes", "trainer"})
     if twice:
-        raise ValueError(f"devices={devices} and {twice[0]} both say how many devices there are; leave one of them out")
+        raise UserError(f"devices={devices} and {twice[0]} both say how many devices there are; leave one of them out")
     placed = [*overrides, *on_nodes(devices)]
     size = "strategy.sequence_parallel_size"
     if any(key.startswith("strategy") for key in keys):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from longnet_kit import typed
+from longnet_kit.errors import UserError
 from longnet_kit.report import columns, curves, history, run_paths, table
 from longnet_kit.report.columns import Row
 from longnet_kit.report.table import Column
@@ -48,7 +49,7 @@ def compare(
         The table, and under it a line on each run that goes on or had something wrong.
 
     Raises:
-        ValueError: no run can be read, a path or a tag does not exist, or a file cannot be written.
+        UserError: no run can be read, a path or a tag does not exist, or a file cannot be written.
     """
     curves.check(plot, against)
     if csv is not None:
@@ -91,7 +92,7 @@ def _rows(paths: Sequence[str]) -> tuple[list[Row], list[str]]:
     usable = [run for run in read if run.is_usable]
     remarks += [f"{run.path}: left out: {'; '.join(run.notes())}" for run in read if not run.is_usable]
     if not usable:
-        raise ValueError("\n  ".join(["there is no run to compare; train one with `longnet fit`", *remarks]))
+        raise UserError("\n  ".join(["there is no run to compare; train one with `longnet fit`", *remarks]))
     labels = run_paths.labels([run.path for run in usable])
     return [Row(label, run) for label, run in zip(labels, usable, strict=True)], remarks
 
@@ -101,15 +102,15 @@ def _check_tags(option: str, asked: Iterable[str], tags: Sequence[str]) -> None:
         if tag not in tags:
             hint = typed.suggestion(tag, tags)
             known = f" known: {', '.join(sorted(tags))}" if hint.startswith("did you mean") else ""
-            raise ValueError(f"{option} {tag}: no run has this tag; {hint if tags else 'no run has any yet'}{known}")
+            raise UserError(f"{option} {tag}: no run has this tag; {hint if tags else 'no run has any yet'}{known}")
 
 
 def _check_groups(asked: Iterable[str], grouped: Sequence[str]) -> None:
     if not grouped:
-        raise ValueError("--against groups: no run has a tag METRIC@N, as val/perplexity@512 is; draw against steps")
+        raise UserError("--against groups: no run has a tag METRIC@N, as val/perplexity@512 is; draw against steps")
     for tag in asked:
         if tag not in grouped:
-            raise ValueError(
+            raise UserError(
                 f"--metric {tag}: no run has a tag {tag}@N, of which --against groups draws; use {', '.join(grouped)}"
             )
 

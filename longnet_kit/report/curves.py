@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longnet_kit import typed
+from longnet_kit.errors import UserError
 from longnet_kit.report import table
 from longnet_kit.report.history import History
 from longnet_kit.report.metrics_file import Series
@@ -54,13 +55,13 @@ class Bands(NamedTuple):
 
 
 def check(plot: Path | None, against: str) -> None:
-    """Raise ValueError where the file or the axis of a plot is none, before anything is read."""
+    """Raise UserError where the file or the axis of a plot is none, before anything is read."""
     if against not in AXES:
-        raise ValueError(f"--against {against}: expected {', '.join(AXES)}; {typed.suggestion(against, AXES)}")
+        raise UserError(f"--against {against}: expected {', '.join(AXES)}; {typed.suggestion(against, AXES)}")
     if plot is None:
         return
     if plot.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"--plot {plot}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        raise UserError(f"--plot {plot}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     table.check_place("--plot", plot)
 
 
@@ -78,7 +79,7 @@ def draw(
         Why runs were left out, by their labels.
 
     Raises:
-        ValueError: there is nothing to draw, or the file cannot be written.
+        UserError: there is nothing to draw, or the file cannot be written.
     """
     axis, left_out, drawn = AXES[against], {}, []
     wanted = " or ".join(f"{tag}@N" if against == GROUPS else tag for tag in tags)
@@ -97,12 +98,12 @@ def draw(
             left_out[label] = f"not in the plot: no number for {wanted}"
     if not drawn:
         advice = "choose another --metric" if axis is None else "draw against steps"
-        raise ValueError(f"--plot {plot}: no run has {wanted}{f' and {axis}' if axis else ''}; {advice}")
+        raise UserError(f"--plot {plot}: no run has {wanted}{f' and {axis}' if axis else ''}; {advice}")
     picture = figure(drawn, tags, against)
     try:
         picture.savefig(plot, dpi=150)
     except OSError as error:
-        raise ValueError(f"--plot {plot}: cannot be written ({error.strerror}); name another file") from error
+        raise UserError(f"--plot {plot}: cannot be written ({error.strerror}); name another file") from error
     return left_out
 
 

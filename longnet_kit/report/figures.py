@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from longnet_kit.errors import UserError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -24,7 +26,7 @@ def loss_by_position(losses: NDArray[np.floating], bins_per_octave: int = 2, pos
         positions_per_loss: neighbouring positions that each loss is the mean of.
 
     Raises:
-        ValueError: losses holds no number.
+        UserError: losses holds no number.
     """
     from matplotlib.figure import Figure
 
@@ -114,7 +116,7 @@ def log_bins(losses: NDArray[np.floating], per_octave: int) -> tuple[NDArray[np.
     """Mean loss and mean position (counted from 1) of each bin that has tokens."""
     positions = np.flatnonzero(~np.isnan(losses))
     if not len(positions):
-        raise ValueError("there is no loss to draw: no position had a token; validate on at least one sample")
+        raise UserError("there is no loss to draw: no position had a token; validate on at least one sample")
     counted = positions + 1.0
     index = np.floor(np.log2(counted) * per_octave + 1e-9).astype(int)
     sizes = np.bincount(index)

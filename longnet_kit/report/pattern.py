@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from longnet_kit import attention
 from longnet_kit.attention.patterns import BlockSparse, Dilated, Pattern
+from longnet_kit.errors import UserError
 from longnet_kit.report import pattern_text
 from longnet_kit.report.pattern_figures import LONGEST, MOST_HEADS, check_length, pattern_figure
 
@@ -33,7 +34,7 @@ def draw(r: Recipe, length: int = 16, output: Path | None = None) -> str:
         The pattern as text, or why it is not drawn as such, and notes.
 
     Raises:
-        ValueError: a length below 1 or above 65,536, a backend without a pattern, or a file that cannot be written.
+        UserError: a length below 1 or above 65,536, a backend without a pattern, or a file that cannot be written.
     """
     check_length(length)
     if output is not None:
@@ -44,7 +45,7 @@ def draw(r: Recipe, length: int = 16, output: Path | None = None) -> str:
         backend = attention.build(r.model.attention)
     pattern = backend.pattern
     if pattern is None:
-        raise ValueError(
+        raise UserError(
             f"the attention backend {name!r} has no pattern to draw; write its `pattern`, or set another "
             "model.attention.backend"
         )
@@ -92,7 +93,7 @@ def _notes(backend: str, pattern: Pattern, length: int) -> list[str]:
 
 def _check_format(output: Path) -> None:
     if output.suffix.lower() not in FORMATS:
-        raise ValueError(f"the figure would be {str(output)!r}; expected a file name that ends in {', '.join(FORMATS)}")
+        raise UserError(f"the figure would be {str(output)!r}; expected a file name that ends in {', '.join(FORMATS)}")
 
 
 def _write(pattern: Pattern, length: int, heads: int, causal: bool, output: Path, note: str) -> None:
@@ -100,7 +101,7 @@ def _write(pattern: Pattern, length: int, heads: int, causal: bool, output: Path
     try:
         figure.savefig(output, dpi=_DOTS_PER_INCH, format=output.suffix[1:].lower())
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"the figure cannot be written to {str(output)!r} ({error.strerror or error}); "
             "name a file in a folder that exists and can be written to"
         ) from error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from longnet_kit.attention.patterns import Dilated, Pattern
+from longnet_kit.errors import UserError
 from longnet_kit.report import pattern_panels
 from longnet_kit.report.pattern_paint import HUES, SEPARATE, Paint
 
@@ -45,7 +46,7 @@ def pattern_figure(pattern: Pattern, length: int, heads: int, causal: bool = Tru
         note: words to put below.
 
     Raises:
-        ValueError: a length below 1 or above 65,536.
+        UserError: a length below 1 or above 65,536.
     """
     check_length(length)
     cell = 1 if length <= _EXACT else max(2, -(-length // _CELLS))
@@ -73,9 +74,9 @@ def pattern_figure(pattern: Pattern, length: int, heads: int, causal: bool = Tru
 
 
 def check_length(length: int) -> None:
-    """Raise a ValueError unless a pattern can be drawn for so many tokens."""
+    """Raise a UserError unless a pattern can be drawn for so many tokens."""
     if not 1 <= length <= LONGEST:
-        raise ValueError(f"length is {length}; a pattern can be drawn for 1 to {LONGEST} tokens")
+        raise UserError(f"length is {length}; a pattern can be drawn for 1 to {LONGEST} tokens")
 
 
 def _columns(pattern: Pattern) -> list[_Column]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from longnet_kit import runs, typed
+from longnet_kit.errors import UserError
 
 _LISTED = 12
 
@@ -25,7 +26,7 @@ def expand(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
         Run directories, in the order of the arguments, and sentences on what was passed over.
 
     Raises:
-        ValueError: a path does not exist, or a pattern matches no folder of runs.
+        UserError: a path does not exist, or a pattern matches no folder of runs.
     """
     found: dict[str, Path] = {}
     empty = []
@@ -44,7 +45,7 @@ def expand(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
         elif glob.has_magic(text) and not os.path.exists(path):
             inside = _matching(text)
         else:
-            raise ValueError(_missing(text, paths))
+            raise UserError(_missing(text, paths))
         for run in inside:
             found.setdefault(os.path.realpath(run), run)
     return list(found.values()), empty
@@ -75,7 +76,7 @@ def _inside(folder: Path) -> list[Path]:
     if versions:
         try:
             return [runs.find(named)]
-        except ValueError:  # none has a recipe
+        except UserError:  # none has a recipe
             return versions[-1:]
     return list(_below(folder, set()))
 
@@ -114,7 +115,7 @@ def _matching(pattern: str) -> list[Path]:
         for run in _inside(match)
     ]
     if not found:
-        raise ValueError(f"{pattern}: the pattern matches no folder with a run; {_present()}")
+        raise UserError(f"{pattern}: the pattern matches no folder with a run; {_present()}")
     return found
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longnet_kit.errors import UserError
+
 DASH = "-"
 _GAP = "  "
 
@@ -42,23 +44,21 @@ def markdown(columns: Sequence[Column]) -> str:
 
 
 def check_place(option: str, path: Path) -> None:
-    """Raise ValueError where the file of an option cannot be written, before anything is read."""
+    """Raise UserError where the file of an option cannot be written, before anything is read."""
     if not os.path.isdir(path.parent) or os.path.isdir(path):
         reason = "it is a folder" if os.path.isdir(path) else f"there is no folder {path.parent}"
-        raise ValueError(f"{option} {path}: cannot be written, {reason}; name a file in a folder that exists")
+        raise UserError(f"{option} {path}: cannot be written, {reason}; name a file in a folder that exists")
 
 
 def write_csv(columns: Sequence[Column], path: Path) -> None:
-    """Write the values in full under their full names; ValueError where that cannot be."""
+    """Write the values in full under their full names; UserError where that cannot be."""
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([column.name for column in columns])
             writer.writerows(zip(*(column.values for column in columns), strict=True))
     except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be written ({error.strerror}); name a file in a folder that can be"
-        ) from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name a file in a folder that can be") from error
 
 
 def number(value: float) -> str:

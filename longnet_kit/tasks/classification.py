@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from longnet_kit import data
 from longnet_kit.data import tokenizers
+from longnet_kit.errors import UserError
 from longnet_kit.model.classifier import Classifier
 from longnet_kit.model.loss import IGNORED
 from longnet_kit.tasks import register
@@ -46,7 +47,7 @@ class Classification(Training):
         eval_contexts: none; they are language modelling's.
 
     Raises:
-        ValueError: there are evaluation contexts.
+        UserError: there are evaluation contexts.
     """
 
     model: Classifier
@@ -59,11 +60,11 @@ class Classification(Training):
         """The bare network of a recipe, with a class for each of its source's; `dtype` is that of matrix products.
 
         Raises:
-            ValueError: settings that do not go together, or a source that cannot be used.
+            UserError: settings that do not go together, or a source that cannot be used.
         """
         source = data.build_source(r.data)
         if not isinstance(source, data.LabelledSource):
-            raise ValueError(
+            raise UserError(
                 f"data.source {r.data.source}: {type(source).__name__} says that it supplies labels, but is no "
                 "longnet_kit.data.LabelledSource; derive it from that"
             )
@@ -81,7 +82,7 @@ class Classification(Training):
         self, model: Classifier, optimizer: recipe.Optimizer, *, max_steps: int, eval_contexts: Sequence[int] = ()
     ) -> None:
         if eval_contexts:
-            raise ValueError(
+            raise UserError(
                 f"data.eval_contexts is {list(eval_contexts)}, but the task classification reads whole sequences and "
                 "has no perplexity; leave it out"
             )

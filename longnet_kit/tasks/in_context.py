@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longnet_kit.attention.sharding import whole_sequence
+from longnet_kit.errors import UserError
 from longnet_kit.model import Transformer
 from longnet_kit.model.loss import IGNORED, default_chunk, token_losses
 from longnet_kit.tasks import register
@@ -40,7 +41,7 @@ class InContext(LanguageModeling):
         eval_contexts: none; a shorter window would part questions from what they ask for.
 
     Raises:
-        ValueError: the network is not causal, or there are evaluation contexts.
+        UserError: the network is not causal, or there are evaluation contexts.
     """
 
     takes = ("answers",)
@@ -49,12 +50,12 @@ class InContext(LanguageModeling):
         self, model: Transformer, optimizer: recipe.Optimizer, *, max_steps: int, eval_contexts: Sequence[int] = ()
     ) -> None:
         if not model.causal:
-            raise ValueError(
+            raise UserError(
                 "model.causal: got false, but in_context predicts the next token, which such a model sees; set it to "
                 "true"
             )
         if eval_contexts:
-            raise ValueError(
+            raise UserError(
                 f"data.eval_contexts: got {list(eval_contexts)}, but in_context measures accuracy by the distances or "
                 "numbers of examples of its data; leave it out"
             )
@@ -82,7 +83,7 @@ class InContext(LanguageModeling):
         super()._start_evaluation()
         groups = getattr(getattr(self.trainer, "datamodule", None), "groups", None)
         if groups is None:
-            raise ValueError("in_context reports accuracy by the `groups` of its data module; give it an AnswersData")
+            raise UserError("in_context reports accuracy by the `groups` of its data module; give it an AnswersData")
         self._metrics["accuracy"] = AnswerAccuracy(groups).to(self.device)
 
     def _evaluate(self, batch: Batch) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longnet_kit.attention.sharding import bound
 from longnet_kit.data import tokenizers
+from longnet_kit.errors import UserError
 from longnet_kit.model import Transformer
 from longnet_kit.model import build as network_of
 from longnet_kit.model.loss import IGNORED, token_losses
@@ -40,7 +41,7 @@ class LanguageModeling(Training):
         eval_contexts: window lengths at which validation and test also measure perplexity, in tokens.
 
     Raises:
-        ValueError: an evaluation context that no sequence holds.
+        UserError: an evaluation context that no sequence holds.
     """
 
     takes: tuple[str, ...] = ("text", "answers")
@@ -56,7 +57,7 @@ class LanguageModeling(Training):
     ) -> None:
         if not all(1 <= context <= model.seq_len for context in eval_contexts):
             given = list(eval_contexts)
-            raise ValueError(f"eval_contexts is {given}, expected lengths of 1 to seq_len, {model.seq_len}")
+            raise UserError(f"eval_contexts is {given}, expected lengths of 1 to seq_len, {model.seq_len}")
         contexts = sorted(set(eval_contexts))
         super().__init__(model, optimizer, max_steps=max_steps, eval_contexts=contexts)
         self.eval_contexts = contexts

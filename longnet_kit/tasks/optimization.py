@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from longnet_kit.errors import UserError
+
 if TYPE_CHECKING:
     from longnet_kit import recipe
 
@@ -24,7 +26,7 @@ def build(options: recipe.Optimizer, model: nn.Module) -> Optimizer:
     betas. None is fused: Lightning refuses to clip the gradients of a fused one under mixed precision.
 
     Raises:
-        ValueError: an unknown optimizer.
+        UserError: an unknown optimizer.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -35,7 +37,7 @@ def build(options: recipe.Optimizer, model: nn.Module) -> Optimizer:
         return torch.optim.SGD(groups, lr=options.lr)
     kinds: dict[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
     if options.name not in kinds:
-        raise ValueError(f"the optimizer is {options.name!r}, expected 'adamw', 'adam' or 'sgd'")
+        raise UserError(f"the optimizer is {options.name!r}, expected 'adamw', 'adam' or 'sgd'")
     beta1, beta2 = options.betas
     return kinds[options.name](groups, lr=options.lr, betas=(beta1, beta2))
 
@@ -47,7 +49,7 @@ def schedule(options: recipe.Optimizer, optimizer: Optimizer, max_steps: int) ->
     whole lr.
 
     Raises:
-        ValueError: an unknown schedule.
+        UserError: an unknown schedule.
     """
     shapes: dict[str, Callable[[float], float]] = {
         "linear": lambda t: 1 - t,
@@ -55,7 +57,7 @@ def schedule(options: recipe.Optimizer, optimizer: Optimizer, max_steps: int) ->
         "constant": lambda t: 1.0,
     }
     if options.schedule not in shapes:
-        raise ValueError(f"the schedule is {options.schedule!r}, expected 'linear', 'cosine' or 'constant'")
+        raise UserError(f"the schedule is {options.schedule!r}, expected 'linear', 'cosine' or 'constant'")
     shape, warmup = shapes[options.schedule], options.warmup_steps
 
     def factor(step: int) -> float:

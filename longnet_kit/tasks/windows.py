@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longnet_kit.attention.sharding import SequenceShard
+from longnet_kit.errors import UserError
 from longnet_kit.model.loss import IGNORED
 
 
@@ -35,7 +36,7 @@ def cut(tokens: Tensor, targets: Tensor, context: int, shard: SequenceShard | No
         None where a sequence holds no window.
 
     Raises:
-        ValueError: windows longer than a shard do not span whole shards.
+        UserError: windows longer than a shard do not span whole shards.
     """
     if shard is None or shard.size == 1:
         count = tokens.shape[1] // context
@@ -46,7 +47,7 @@ def cut(tokens: Tensor, targets: Tensor, context: int, shard: SequenceShard | No
     if context <= n:
         return _dealt(tokens, targets, context, shard)
     if problem := supports(context, n * shard.size, shard.size):
-        raise ValueError(problem)
+        raise UserError(problem)
     run = shard.subgroup(context // n)
     if run.size * n == context:
         return Windows(tokens, targets, run)

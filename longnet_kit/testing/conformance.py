@@ -10,6 +10,7 @@ import torch
 
 from longnet_kit import attention
 from longnet_kit.attention.backend import AttentionBackend
+from longnet_kit.errors import UserError
 from longnet_kit.testing import claims
 from longnet_kit.testing.subject import Broken, Subject, Unchecked, telling_lengths, widest
 
@@ -75,16 +76,16 @@ def main_check(name: str, options: Mapping[str, Any]) -> int:
         0 when every claim holds that could be checked, at least one; else 1.
 
     Raises:
-        ValueError: there is no such backend, or it does not take these options.
+        UserError: there is no such backend, or it does not take these options.
     """
     if "backend" in options:
-        raise ValueError(
+        raise UserError(
             f"backend is no option: the backend to check is {name!r}; leave out backend={options['backend']}"
         )
     try:
         backend = attention.build({"backend": name, **options})
     except ValueError as error:  # of a plug-in's constructor too
-        raise ValueError(f"check-backend {name}: {error}") from error
+        raise UserError(f"check-backend {name}: {error}") from error
     checks = run_checks(backend)
     for check in checks:
         print(check)
