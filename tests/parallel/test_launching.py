@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -13,6 +16,27 @@ from tests.parallel import desk, ranks
 
 pytestmark = pytest.mark.timeout(600)
 COMMAND = ["-m", "longnet_kit.cli", "fit", "tiny.yaml"]
+NOTING = """
+import functools, json
+import numpy as np
+from longnet_kit.report import figures
+
+def noted(name):
+    draw = getattr(figures, name)
+
+    @functools.wraps(draw)
+    def drawn(*arguments, **options):
+        numbers = [np.asarray(list(x.items()) if isinstance(x, dict) else x).tolist() for x in arguments]
+        with open("drawn.jsonl", "a") as file:
+            file.write(json.dumps([name, numbers, options]) + "\\n")
+        return draw(*arguments, **options)
+
+    setattr(figures, name, drawn)
+
+for name in ("loss_by_position", "perplexity_by_context", "branch_weights"):
+    noted(name)
+"""
+"""A module that writes down the numbers of every figure that a run draws from results."""
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +44,8 @@ def alone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the run was trained on one process."""
     folder = tmp_path_factory.mktemp("alone")
     desk.lay(folder)
-    desk.longnet(folder, "fit", "tiny.yaml", "trainer.devices=1", "strategy.name=auto")
+    (folder / "noting.py").write_text(NOTING)
+    desk.longnet(folder, "fit", "tiny.yaml", "imports=[noting]", "trainer.devices=1", "strategy.name=auto")
     return folder
 
 
@@ -46,8 +71,14 @@ def assert_one_run(folder: Path, alone: dict[str, float], name: str = "tiny") ->
     assert {tag: found[tag] for tag in same} == pytest.approx({tag: alone[tag] for tag in same}, rel=1e-4)
 
 
-def figures(folder: Path) -> dict[str, list[bytes]]:
-    """The pictures of the run that do not depend on its speed, of each validation."""
+def drawn(folder: Path) -> list[tuple[str, np.ndarray, Any]]:
+    """The name, numbers and options of each figure that the run drew from its results, in order."""
+    lines = [json.loads(line) for line in (folder / "drawn.jsonl").read_text().splitlines()]
+    return [(name, np.concatenate([np.ravel(x) for x in numbers]), options) for name, numbers, options in lines]
+
+
+def pictures(folder: Path) -> dict[str, list[bytes]]:
+    """The pictures in TensorBoard by tag."""
     events = EventAccumulator(str(folder / "runs/tiny/version_0"), size_guidance={"images": 0}).Reload()
     return {tag: [x.encoded_image_string for x in events.Images(tag)] for tag in events.Tags()["images"]}
 
@@ -69,12 +100,18 @@ def test_the_command_starts_its_processes(
     strategy: str, folder: Path, alone: dict[str, float], alone_folder: Path
 ) -> None:
     name = f"strategy.name={strategy}"
-    out = desk.longnet(folder, "fit", "tiny.yaml", name, "strategy.sequence_parallel_size=2")
+    (folder / "noting.py").write_text(NOTING)
+    out = desk.longnet(folder, "fit", "tiny.yaml", "imports=[noting]", name, "strategy.sequence_parallel_size=2")
     assert out.count("finished  runs/tiny/version_0: 6 steps") == 1
     assert out.count("tiny: 6 steps into") == 1
     assert_one_run(folder, alone)
-    assert {"attention_pattern", "val/branch_weights"} <= figures(folder).keys()
-    assert figures(folder) == figures(alone_folder)
+    shown, expected = pictures(folder), pictures(alone_folder)
+    assert {tag: len(images) for tag, images in shown.items()} == {tag: len(images) for tag, images in expected.items()}
+    assert shown["attention_pattern"] == expected["attention_pattern"]  # of the pattern alone, so equal to the bit
+    assert {"loss_by_position", "perplexity_by_context", "branch_weights"} == {name for name, *_ in drawn(folder)}
+    for (figure, numbers, options), (known, right, others) in zip(drawn(folder), drawn(alone_folder), strict=True):
+        assert (figure, options) == (known, others)
+        np.testing.assert_allclose(numbers, right, rtol=1e-4, err_msg=figure)
     assert desk.longnet(folder, "validate", "runs/tiny").count("val/loss ") == 1
 
 
