@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import zipfile
 from contextlib import suppress
 from functools import lru_cache
@@ -103,6 +104,8 @@ def damage(checkpoint: Path) -> str:
     try:
         file = checkpoint.resolve(strict=True)
         status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return "it is no regular file"
         return _damage(file, status.st_size, status.st_mtime_ns)
     except FileNotFoundError:
         return "there is no such file"
@@ -116,8 +119,8 @@ def damage(checkpoint: Path) -> str:
 def _damage(file: Path, size: int, changed: int) -> str:
     """See `damage`; size and time only say when to look again."""
     if checksum_file(file).exists():
-        expected = checksum_file(file).read_text(encoding="ascii", errors="replace").split(" ")[0].strip()
-        with file.open("rb") as content:
+        expected = durable.read(checksum_file(file), 4096).decode("ascii", "replace").split(" ")[0].strip()
+        with durable.opened(file) as content:
             actual = hashlib.file_digest(content, "sha256").hexdigest()
         return "" if actual == expected else f"it is not the file that {checksum_file(file).name} was written for"
     try:

@@ -48,6 +48,7 @@ def export(run: str | Path, output: str | Path, checkpoint: str | Path | None = 
         "step": str(step),
         "longnet_kit": longnet_kit.__version__,
     }
+    metadata[weights.DIGEST] = weights.digest(tensors, metadata)
     _write(tensors, metadata, output)
     size = table.size(output.stat().st_size)
     print(f"exported step {step} of {directory} to {output}: {len(tensors)} tensors, {size}", flush=True)

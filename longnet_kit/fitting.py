@@ -37,6 +37,13 @@ def claim(r: Recipe, held: ExitStack) -> resume.Place:
         place = resume.at(r, directory)  # what another process has done until it let go
         if place.is_finished:
             return place
+    problems: list[str] = []
+    if place.directory is not None:
+        runs.read_summary(directory, problems)
+    for problem in problems:
+        say(f"note: {directory}: {problem}; the run counts as one that has not ended")
+    if (directory / runs.SUMMARY).is_dir():
+        raise UserError(f"{directory / runs.SUMMARY} is a directory, where the run writes its summary; move it away")
     with _writing_to(directory):
         (directory / runs.SUMMARY).unlink(missing_ok=True)
         checkpoint_io.remove_staged(directory / runs.CHECKPOINTS)

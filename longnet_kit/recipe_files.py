@@ -6,6 +6,7 @@ How YAML is read is recipe_yaml's business; no key is judged here.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from longnet_kit import typed
+from longnet_kit import durable, typed
 from longnet_kit.errors import UserError
 from longnet_kit.recipe_yaml import DEPTH, Excess, Problem, Reader, reason
 from longnet_kit.recipe_yaml import place as place_of
@@ -78,16 +79,14 @@ def read_file(path: Path) -> tuple[Layer | None, list[Problem]]:
         hint = f"; did you mean {show(inside)}?" if inside.is_file() else ""
         return None, [Problem("", name, f"is a directory, expected a recipe file (YAML){hint}")]
     try:
-        with path.open("rb") as file:
-            raw = file.read(SIZE + 1)
-        if len(raw) > SIZE:
-            return None, [Problem("", name, f"is larger than {SIZE:,} bytes, so it is no recipe")]
-        text = raw.decode("utf-8")
+        text = durable.read(path, SIZE).decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         byte = error.object[error.start]
         return None, [Problem("", f"{name}:{line}", f"is not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8")]
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            return None, [Problem("", name, f"is larger than {SIZE:,} bytes, so it is no recipe")]
         return None, [Problem("", name, f"cannot be read: {error.strerror}")]
     return read_text(text, name, path.parent)
 

@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from longnet_kit import durable
 from longnet_kit.errors import UserError
 
 if sys.platform != "win32":
     import fcntl
 
 LOCK = ".lock"
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # a pipe of that name must not make anybody wait
 _PATIENCE = 0.5
 """Seconds for which a lock must be refused: another process may only be asking whether it is held."""
 
@@ -55,7 +57,7 @@ def holder(directory: Path) -> str:
     """Who holds a run directory now, in words; empty where nobody does."""
     path = directory / LOCK
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | _NONBLOCK)
     except FileNotFoundError:
         return ""
     except OSError:  # another user's, who may be there
@@ -112,9 +114,9 @@ def _locked(path: Path) -> int:
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NONBLOCK, 0o666)
         except PermissionError:  # another user's: it can be locked all the same
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY | _NONBLOCK)
         try:
             is_ours = try_lock(descriptor) and is_at(descriptor, path)  # not a file that its holder has removed since
         except OSError:
@@ -151,7 +153,7 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 def _words(path: Path) -> str:
     with suppress(OSError, UnicodeDecodeError):
-        return path.read_text(encoding="utf-8").strip() or "another process"
+        return durable.read(path, 4096).decode().strip() or "another process"
     return "another process"
 
 

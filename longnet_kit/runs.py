@@ -19,6 +19,8 @@ from longnet_kit.errors import UserError
 
 ROOT = Path("runs")
 RECIPE, SUMMARY, METRICS, CHECKPOINTS = "recipe.yaml", "summary.json", "metrics.csv", "checkpoints"
+METRICS_SIZE = 2 << 30
+"""The most bytes that metrics.csv may have."""
 LATEST, BEST = "latest.ckpt", "best.ckpt"
 """Links to checkpoints, beside them."""
 
@@ -120,12 +122,40 @@ def of_checkpoint(checkpoint: Path) -> Path:
     return checkpoint.parent.parent
 
 
-def read_summary(run: Path) -> dict[str, Any]:
-    """What summary.json holds; empty when the run has not ended or was killed."""
+def read_summary(run: Path, problems: list[str] | None = None) -> dict[str, Any]:
+    """What summary.json holds; empty when the run has not ended or was killed, or the file cannot be used.
+
+    Args:
+        problems: receives a sentence where the file is there and cannot be used.
+    """
+    return read_object(run / SUMMARY, [] if problems is None else problems)
+
+
+def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The JSON object in a file, in whatever state the file is.
+
+    Args:
+        problems: receives a sentence where the file is there and cannot be used.
+
+    Returns:
+        The object; empty where there is no file, or no object in it.
+    """
     try:
-        return json.loads((run / SUMMARY).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        values = json.loads(durable.read(path))
+    except FileNotFoundError:
+        if path.is_symlink():
+            problems.append(f"{path.name}: a link to nothing")
         return {}
+    except OSError as error:
+        problems.append(f"{path.name}: cannot be read ({error.strerror})")
+        return {}
+    except (ValueError, RecursionError):  # also where it is not UTF-8
+        problems.append(f"{path.name}: not JSON")
+        return {}
+    if isinstance(values, dict):
+        return values
+    problems.append(f"{path.name}: holds no keys")
+    return {}
 
 
 def write_summary(run: Path, status: str, scalars: Mapping[str, float]) -> None:

@@ -188,7 +188,7 @@ class _Sweep:
     def _finished(self, run: Run, words: str) -> str:
         directory = run.place().directory
         loss = runs.read_summary(directory).get("val/loss") if directory is not None else None
-        self._say(words if loss is None else f"{words}, val/loss {loss:.3f}")
+        self._say(f"{words}, val/loss {loss:.3f}" if isinstance(loss, (int, float)) else words)
         return FINISHED
 
     def _say(self, words: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-from longnet_kit import run_lock
+from longnet_kit import durable, run_lock
 from longnet_kit.errors import UserError
 
 GRACE = 60.0
@@ -111,6 +111,8 @@ def open_log(path: Path) -> BinaryIO | None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.exists(path):
+            durable.check_regular(path)
         log = path.open("ab")
     except OSError as error:
         raise UserError(
@@ -150,7 +152,7 @@ class Tail:
     def _bytes(self, start: int) -> bytes:
         """What follows in the log; nothing where somebody has removed it."""
         try:
-            with self._path.open("rb") as file:
+            with durable.opened(self._path) as file:
                 file.seek(start)
                 return file.read()
         except FileNotFoundError:

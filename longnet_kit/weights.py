@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from longnet_kit import checkpoint_io, runs
@@ -17,6 +19,8 @@ from longnet_kit.model import image_weights, slide_weights, torchscale
 
 EXPORTED = ".safetensors"
 """What the name of an exported file ends in."""
+DIGEST = "sha256"
+"""The key of an exported file's metadata that holds the checksum of its tensors and of the other metadata."""
 _RESUMED = {"global_step": int, "loops": dict, "lr_schedulers": list, "optimizer_states": list}
 """What a training goes on from, beside the weights."""
 _ELSEWHERE = (
@@ -79,7 +83,23 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _read_exported(path: Path) -> dict[str, Any]:
-    return {"state_dict": {f"model.{name}": x for name, x in load_file(path).items()}}
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        metadata = file.metadata() or {}
+    expected = metadata.pop(DIGEST, None)
+    if expected is not None and expected != digest(tensors, metadata):
+        raise UserError(f"its content is not what its {DIGEST} was written for")
+    return {"state_dict": {f"model.{name}": x for name, x in tensors.items()}}
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of tensors, with their names, dtypes and shapes, and of the rest of a file's metadata."""
+    found = hashlib.sha256(json.dumps(dict(sorted(metadata.items()))).encode())
+    for name, x in sorted(tensors.items()):
+        found.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        content: Any = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        found.update(content)
+    return found.hexdigest()
 
 
 def load(network: nn.Module, source: Path) -> None:

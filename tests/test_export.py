@@ -74,6 +74,8 @@ def test_the_file_holds_the_newest_weights_and_where_they_are_from(capsys: pytes
     assert_same(load_file("again.safetensors"), in_checkpoint(runs.checkpoint(Path("runs/tiny/version_0"))))
     with safe_open("again.safetensors", framework="pt") as file:
         told = file.metadata()
+    checksum = told.pop(weights.DIGEST)
+    assert checksum == weights.digest(load_file("again.safetensors"), told)
     assert told == {
         "format": "pt",
         "recipe": recipe.dumps(load()),

@@ -157,7 +157,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     anew = f"delete the folder {folder}, and the next start builds it anew"
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(durable.read(path))
         sound = manifest.pop("crc32") == _checksum(manifest)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}); {anew}") from error
@@ -213,7 +213,8 @@ def _checksum(values: Any) -> int:
 @contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
     """Hold the folder's lock, waiting for it; yields False where the system has none. It ends with the process."""
-    with folder.with_name(f"{folder.name}.lock").open("w") as file:
+    path = folder.with_name(f"{folder.name}.lock")
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:  # never waits, whatever is there
         locked = False
         with suppress(ImportError, OSError):
             import fcntl

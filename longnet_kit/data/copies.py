@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longnet_kit import durable
 from longnet_kit.data.errors import DataError
 
 BEGINNING = 4096
@@ -50,10 +51,10 @@ def _size(path: Path) -> int:
 
 
 def _beginning(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with durable.opened(path) as file:
         return file.read(BEGINNING)
 
 
 def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with durable.opened(path) as file:
         return hashlib.file_digest(file, "blake2b").digest()

@@ -14,6 +14,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from longnet_kit import durable
 from longnet_kit.data.errors import DataError
 from longnet_kit.data.sources import HELD_OUT, SPLITS, Document, Source, Split, registry, split_of, stamp
 
@@ -21,13 +22,19 @@ PART = 4 << 20
 """Bytes read at a time."""
 LINE = 1 << 16
 """How far to look for the end of a line where a file is divided, in bytes."""
+HEAD = 8
+"""Bytes from which `not_text` recognises a packed file."""
+MOST_TOLD = 5
+"""How many files of one kind of problem an error names."""
 MANY = 200
 """From so many text files on, whole files go to a split; below, each file is divided."""
 
 
 @registry.register("files")
 class Files(Source):
-    """Text files, source code and JSON lines (`.jsonl`, `.ndjson`: one record per line).
+    """Text files, source code and JSON lines (`.jsonl`, `.ndjson`, `.json`: one record per line).
+
+    Compressed files, archives and tables are refused. A byte-order mark is not part of the text.
 
     Splits: a split with paths of its own takes exactly those. The rest is shared out 90 : 5 : 5. JSON records go by a
     hash of file name and line number. Text files go as wholes by a hash of their name where there are 200 or more;
@@ -62,6 +69,7 @@ class Files(Source):
             self._files[split] = [(name, path) for name, path in self._files[split] if _first(path, seen)]
         if not problems and not self._files["train"]:
             problems.append("data.paths: all are named in val_paths or test_paths too; nothing is left to train on")
+        problems += [f"data.paths: {wrong}" for found in self._files.values() for wrong in _unreadable(found)]
         if problems:
             raise DataError("\n".join(problems))
         self._own: frozenset[Split] = frozenset(split for split in SPLITS[1:] if self._files[split])
@@ -86,7 +94,10 @@ class Files(Source):
 
     def fingerprint(self) -> Any:
         files = {split: [[name, *stamp(path)] for name, path in found] for split, found in self._files.items()}
-        return {"files": files, "field": self._field, "errors": self._errors}
+        values = {"files": files, "field": self._field, "errors": self._errors}
+        if any(path.suffix.lower() == ".json" for found in self._files.values() for _, path in found):
+            values["json"] = "lines"  # once they were read as text
+        return values
 
     def _read(self, name: str, path: Path, split: Split | None, as_bytes: bool) -> Iterator[Document]:
         if is_json(path):
@@ -94,9 +105,10 @@ class Files(Source):
             return
         if self._errors == "skip" and not as_bytes and not _is_utf8(path):
             return
-        with path.open("rb") as file:
+        with durable.opened(path) as file:
+            first = mark_of(file)
             for part_of, start, stop in self._ranges(name, file, split):
-                for offset, raw in _parts(file, start, stop):
+                for offset, raw in _parts(file, max(start, first), max(stop, first)):
                     content = raw if as_bytes else self._decode(raw, str(path), offset)
                     yield Document(str(path), content, part_of, ends=offset + len(raw) == stop)
 
@@ -112,8 +124,8 @@ class Files(Source):
         yield from zip(taken, [0, *bounds], [*bounds, size], strict=True)
 
     def _records(self, name: str, path: Path, split: Split | None) -> Iterator[Document]:
-        with path.open("rb") as file:
-            offset = 0
+        with durable.opened(path) as file:
+            offset = file.seek(mark_of(file))
             for number, line in enumerate(file, start=1):
                 where = f"{path}, line {number}"
                 if line.strip() and not (self._errors == "skip" and not _decodes(line)):
@@ -179,6 +191,12 @@ def expand(pattern: str, key: str, problems: list[str]) -> list[tuple[str, Path]
         problems.append(f"data.{key}: {pattern} is a folder; {folders}")
         return []
     if os.path.exists(expanded):
+        if not os.path.isfile(expanded):
+            problems.append(
+                f"data.{key}: {pattern} is no regular file, and it is read more than once; write what comes from "
+                "there into a file first"
+            )
+            return []
         return [(os.path.basename(expanded), Path(expanded))]
     if not glob.has_magic(expanded):
         problems.append(f"data.{key}: {pattern} does not exist (looked from {os.getcwd()}); correct the path")
@@ -204,7 +222,73 @@ def _first(path: Path, seen: set[str]) -> bool:
 
 
 def is_json(path: Path) -> bool:
-    return path.suffix.lower() in (".jsonl", ".ndjson")
+    """Whether a file holds JSON records by its name, one per line."""
+    return path.suffix.lower() in (".jsonl", ".ndjson", ".json")
+
+
+def not_text(path: Path, head: bytes) -> str:
+    """Why a file cannot be read as text by its name or its first bytes, and what to do; empty where it can.
+
+    Args:
+        head: its first `HEAD` bytes or more.
+    """
+    suffix = path.suffix.lower()
+    packed = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), _SUFFIXES.get(suffix))
+    if packed is None:
+        return ""
+    if packed == "table":
+        return f"is a table ({suffix}), not text; write its text column into a .jsonl file, one record per line"
+    return f"is packed ({packed}), so its bytes are not its text; unpack it and give the files that were in it"
+
+
+_SUFFIXES = {
+    ".gz": "gzip", ".tgz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".lzma": "xz", ".zst": "zstd", ".lz4": "lz4",
+    ".br": "brotli", ".zip": "zip", ".7z": "7-Zip", ".tar": "tar", ".csv": "table", ".tsv": "table",
+    ".parquet": "table", ".arrow": "table", ".feather": "table",
+}  # fmt: skip
+_MAGIC = {
+    b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4", b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7-Zip", b"PAR1": "table",
+}  # fmt: skip
+
+
+def mark_of(file: BinaryIO) -> int:
+    """The bytes of a file's UTF-8 byte-order mark: 3, or 0 where it has none."""
+    file.seek(0)
+    return len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+
+
+def _unreadable(found: Sequence[tuple[str, Path]]) -> list[str]:
+    """What is wrong with the first of some files that hold no text; a file that cannot be opened fails when read."""
+    problems: list[str] = []
+    for _, path in found:
+        try:
+            with durable.opened(path) as file:
+                wrong = not_text(path, file.read(HEAD))
+                if not wrong and path.suffix.lower() == ".json":
+                    wrong = _not_lines(file)
+        except OSError:
+            continue
+        if wrong:
+            problems.append(f"{path} {wrong}")
+            if len(problems) == MOST_TOLD:
+                break
+    return problems
+
+
+def _not_lines(file: BinaryIO) -> str:
+    """Why a .json file is not JSON lines, by its first line that is not empty; empty where it is."""
+    file.seek(mark_of(file))
+    first = next((line for line in iter(lambda: file.readline(PART), b"") if line.strip()), b"{}")
+    try:
+        if isinstance(json.loads(first), dict):
+            return ""
+    except (ValueError, RecursionError):
+        pass
+    return (
+        "is one JSON document, and JSON lines are expected: an object on each line, which holds the text. Write its "
+        "records so into a .jsonl file; to train on the document as it is, give a copy of it the suffix .txt"
+    )
 
 
 def _decodes(raw: bytes) -> bool:
@@ -218,7 +302,7 @@ def _decodes(raw: bytes) -> bool:
 def _is_utf8(path: Path) -> bool:
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        with path.open("rb") as file:
+        with durable.opened(path) as file:
             while raw := file.read(PART):
                 decoder.decode(raw)
         decoder.decode(b"", final=True)

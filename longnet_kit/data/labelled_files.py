@@ -8,9 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+from longnet_kit import durable
 from longnet_kit.data import copies
 from longnet_kit.data.errors import DataError
-from longnet_kit.data.files import expand
+from longnet_kit.data.files import HEAD, MOST_TOLD, expand, not_text
 from longnet_kit.data.labels import Labelled, LabelledSource
 from longnet_kit.data.sources import SPLITS, PythonStdlib, Split, registry, stamp
 from longnet_kit.typed import Range
@@ -85,7 +86,7 @@ class Pieces(LabelledSource):
     def example(self, split: Split, index: int) -> Labelled:
         piece = self._pieces[split][index]
         try:
-            with piece.path.open("rb") as file:
+            with durable.opened(piece.path) as file:
                 file.seek(piece.start)
                 content = file.read(piece.stop - piece.start)
         except OSError as error:
@@ -187,6 +188,7 @@ class LabelledFiles(Pieces):
             problems.append(f"data.{'paths' if folder is None else 'folder'}: {given}; give at least two classes")
         files = {str(name): _files(of_class) for name, of_class in found.items()}
         problems += _twice(files)
+        problems += _not_text(files)
         if problems:
             raise DataError("\n".join(problems))
         kept = copies.without({name: [file.path for file in of_class] for name, of_class in files.items()})
@@ -218,6 +220,20 @@ def _files(found: Sequence[tuple[str, Path]]) -> list[File]:
     """Each file once, without empty ones."""
     once = {path.resolve(): File(name, path, path.stat().st_size) for name, path in found if path.is_file()}
     return [file for file in once.values() if file.size]
+
+
+def _not_text(files: Mapping[str, Sequence[File]]) -> list[str]:
+    """Problems of files whose content is packed away."""
+    found: list[str] = []
+    for file in (file for of_class in files.values() for file in of_class):
+        try:
+            with durable.opened(file.path) as content:
+                wrong = not_text(file.path, content.read(HEAD))
+        except OSError:  # reported where the file is read
+            continue
+        if wrong:
+            found.append(f"data.source labelled_files: {file.path} {wrong}")
+    return found[:MOST_TOLD]
 
 
 def _twice(files: Mapping[str, Sequence[File]]) -> list[str]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from longnet_kit import durable
 from longnet_kit.data.errors import DataError
 from longnet_kit.registry import Registry
 
@@ -106,7 +107,7 @@ class PythonFiles(Source):
     def documents(self, as_bytes: bool) -> Iterator[Document]:
         for name, path in self.files.items():
             try:
-                raw = path.read_bytes()
+                raw = durable.read(path)
                 yield Document(name, raw if as_bytes else raw.decode())
             except (OSError, UnicodeDecodeError):
                 continue

@@ -10,12 +10,11 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from longnet_kit import typed
+from longnet_kit import durable, typed
 from longnet_kit.data.errors import DataError
 
 Ids = np.ndarray[Any, np.dtype[np.uint32]]
@@ -31,6 +30,8 @@ TIKTOKEN = {  # name: (vocabulary size, end of text)
 }
 """The encodings of tiktoken that have an end-of-text token; a test compares them with tiktoken's own definitions."""
 
+SIZE = 1 << 28
+"""The most bytes that a tokenizer's file may have."""
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "[SEP]")
 """Tokens that a JSON tokenizer may mark the end of a document with; the first that it has is taken."""
 
@@ -161,7 +162,7 @@ class JSON(Tokenizer):
         except ImportError as error:
             raise DataError(_not_installed(path, "tokenizers")) from error
         with _library_errors(path):
-            content = Path(file).read_bytes()
+            content = durable.read(file, SIZE)
             self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(content)
         # A file may carry the settings of some training batch: these would cut and fill documents.
         self._tokenizer.no_truncation()

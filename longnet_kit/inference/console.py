@@ -5,6 +5,7 @@ Standard output holds text alone, or JSON lines; progress and rates go to standa
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
@@ -14,11 +15,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from longnet_kit import durable
+from longnet_kit.data import files
 from longnet_kit.data.tokenizers import Tokenizer
 from longnet_kit.errors import UserError
 from longnet_kit.inference import CHUNK, generate, network, progress
 from longnet_kit.inference.sampling import Sampling
 from longnet_kit.inference.text import TextStream
+
+LONGEST = 1 << 30
+"""The most bytes that a prompt file may have."""
 
 
 @dataclass
@@ -161,9 +167,14 @@ def _content(path: str | Path) -> bytes:
     if str(path) == "-":
         return sys.stdin.buffer.read()
     try:
-        return Path(path).read_bytes()
+        raw = durable.read(path, LONGEST)
     except OSError as error:
-        raise UserError(f"--prompt-file {path} cannot be read ({error.strerror}); give a text file") from error
+        raise UserError(
+            f"--prompt-file {path} cannot be read ({error.strerror}); give a text file, or - for standard input"
+        ) from error
+    if wrong := files.not_text(Path(path), raw):
+        raise UserError(f"--prompt-file {path} {wrong}")
+    return raw.removeprefix(codecs.BOM_UTF8)
 
 
 def _encoded(name: str, raw: bytes, tokenizer: Tokenizer) -> list[int]:

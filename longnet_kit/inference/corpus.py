@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
+from longnet_kit import durable
 from longnet_kit.data.encoding import encode
 from longnet_kit.data.errors import DataError
-from longnet_kit.data.files import Files, is_json
+from longnet_kit.data.files import Files, is_json, mark_of
 from longnet_kit.data.sources import Split
 from longnet_kit.data.tokenizers import Ids, Tokenizer
 
@@ -74,11 +76,6 @@ class Corpus:
         with _words_of_the_command():
             self._files = _WholeFiles(paths, errors=errors)
         self._paths = [path for _, path in self._files._files["train"]]
-        if special := [str(path) for path in self._paths if not path.is_file()]:
-            raise DataError(
-                f"FILES: {', '.join(special)}: no regular file; a stream goes on where it was, so write what comes "
-                "from there into a file first"
-            )
         self._tokenizer = tokenizer
         self._errors = errors
         self.repeat = repeat
@@ -99,7 +96,8 @@ class Corpus:
         """How many tokens one reading has, where that is known without it: bytes of plain files."""
         if not self._tokenizer.takes_bytes or any(is_json(path) for path in self._paths):
             return None
-        return self.size + sum(path.stat().st_size > 0 for path in self._paths)
+        sizes = [path.stat().st_size - _mark(path) for path in self._paths]
+        return sum(sizes) + sum(size > 0 for size in sizes)
 
     @property
     def most_tokens(self) -> int:
@@ -166,6 +164,11 @@ class Reader:
             count -= part.count
             taken.append(part)
         return joined(taken)
+
+
+def _mark(path: Path) -> int:
+    with durable.opened(path) as file:
+        return mark_of(file)
 
 
 class _WholeFiles(Files):

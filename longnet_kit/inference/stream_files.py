@@ -6,7 +6,7 @@ read; `summary.json` the results; `stream.json` says what is read with which wei
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from longnet_kit import callbacks, durable, run_lock, runs
+from longnet_kit import callbacks, checkpoint_io, durable, run_lock, runs
 from longnet_kit.errors import UserError
 
 STATE, CURVE, IDENTITY = "state.pt", "curve.csv", "stream.json"
@@ -119,11 +119,8 @@ class StreamFiles:
 
 def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
     path = directory / IDENTITY
-    if path.is_file():
-        try:
-            there = json.loads(path.read_text())
-        except ValueError:
-            there = {}
+    if os.path.lexists(path):
+        there = runs.read_object(path, [])
         differing = [key for key in identity if there.get(key) != identity[key]]
         if differing:
             raise UserError(
@@ -135,8 +132,10 @@ def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
+    if wrong := checkpoint_io.damage(path):
+        raise UserError(f"{path} is damaged ({wrong}); delete it to read from the beginning")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         assert state["position"] >= 0

@@ -6,7 +6,6 @@ plain YAML, so that a run whose plug-ins are gone is read too.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from longnet_kit import recipe_yaml, run_lock, runs
+from longnet_kit import durable, recipe_yaml, run_lock, runs
 from longnet_kit.dotted import leaves
 from longnet_kit.report.metrics_file import Metrics
 
@@ -87,7 +86,7 @@ def read(path: Path, now: float | None = None) -> History:
     """
     problems: list[str] = []
     recipe = _recipe(path, problems)
-    summary = _summary(path, problems)
+    summary = runs.read_summary(path, problems)
     status, idle = summary.pop("status", None), None
     if not isinstance(status, str) or not status:
         if summary:
@@ -126,23 +125,6 @@ def _recipe(path: Path, problems: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _summary(path: Path, problems: list[str]) -> dict[str, Any]:
-    if not os.path.lexists(path / runs.SUMMARY):  # as long as the run goes on
-        return {}
-    content = _content(path / runs.SUMMARY, problems)
-    if content is None:
-        return {}
-    try:
-        values = json.loads(content)
-        if isinstance(values, dict):
-            return values
-        reason = "holds no keys"
-    except (ValueError, RecursionError):
-        reason = "not JSON"
-    problems.append(f"{runs.SUMMARY}: {reason}")
-    return {}
-
-
 def _metrics(path: Path, problems: list[str], none: str) -> Metrics:
     content = _content(path / runs.METRICS, problems, none)
     metrics = Metrics(content or b"")
@@ -154,7 +136,7 @@ def _metrics(path: Path, problems: list[str], none: str) -> Metrics:
 def _content(file: Path, problems: list[str], means: str = "") -> bytes | None:
     """The bytes of a file; None where there is none to read, which is noted with what it means."""
     try:
-        return file.read_bytes()
+        return durable.read(file, runs.METRICS_SIZE if file.name == runs.METRICS else durable.SMALL)
     except FileNotFoundError:
         problems.append(f"{means}: there is no {file.name}" if means else f"no {file.name}")
     except OSError as error:

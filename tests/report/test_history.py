@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longnet_kit import runs
+from longnet_kit import durable, runs
 from longnet_kit.report import history
 from longnet_kit.report.metrics_file import Metrics
 
@@ -259,19 +259,19 @@ def test_a_run_that_has_not_logged_yet_is_told_so(tmp_path: Path) -> None:
 
 def test_a_file_that_may_not_be_read_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make(tmp_path / "run", summary='{"status": "finished"}', metrics=b"step,a\n1,2\n")
-    read_bytes = Path.read_bytes
+    read = durable.read
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, *rest: int) -> bytes:
         if path.name == "metrics.csv":
             raise PermissionError(13, "Permission denied")
-        return read_bytes(path)
+        return read(path, *rest)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(durable, "read", refuse)
     assert history.read(run).notes() == ["metrics.csv: cannot be read (Permission denied)"]
     monkeypatch.undo()
     (run / "recipe.yaml").unlink()
     (run / "recipe.yaml").mkdir()
-    assert history.read(run).notes() == ["recipe.yaml: cannot be read (Is a directory)"]
+    assert history.read(run).notes() == ["recipe.yaml: cannot be read (it is a directory, not a regular file)"]
 
 
 def test_broken_runs_of_any_kind_are_read_without_an_error(tmp_path: Path) -> None:

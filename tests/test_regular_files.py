@@ -1,0 +1,192 @@
+"""What a run, cache or data set reads: regular files of a plausible size, text that is text, sound checksums."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from longnet_kit import cli, durable, recipe, resume, run_lock, runs, weights
+from longnet_kit.data import files
+from longnet_kit.data.errors import DataError
+from longnet_kit.data.labelled_files import LabelledFiles
+from longnet_kit.errors import UserError
+from longnet_kit.inference import console, stream_files
+
+pytestmark = [
+    pytest.mark.timeout(60),  # where one of them waits for a pipe, the test fails
+    pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with a name"),
+]
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(64 << 30)
+
+
+def zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+ODD: dict[str, Callable[[Path], None]] = {"pipe": pipe, "sparse": sparse, "zeros": zeros, "directory": Path.mkdir}
+
+
+@pytest.fixture(params=ODD)
+def odd(request: pytest.FixtureRequest) -> Callable[[Path], None]:
+    """Puts something other than a small regular file at a path."""
+    return ODD[request.param]
+
+
+def test_only_a_regular_file_of_a_plausible_size_is_read(tmp_path: Path, odd: Callable[[Path], None]) -> None:
+    odd(tmp_path / "x")
+    with pytest.raises(OSError, match=r"not a regular file|68,719,476,736 bytes, more than 67,108,864"):
+        durable.read(tmp_path / "x")
+    (tmp_path / "y").write_bytes(b"text")
+    assert durable.read(tmp_path / "y") == b"text"
+
+
+@pytest.mark.parametrize("content", [b'{"status": "\xff"}', b"[1]", b"3", b"{", b"[" * 100_000])
+def test_a_summary_that_is_no_object_counts_as_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / runs.SUMMARY).write_bytes(content)
+    problems: list[str] = []
+    assert runs.read_summary(tmp_path, problems) == {}
+    assert len(problems) == 1 and problems[0].startswith("summary.json: ")
+
+
+def test_a_run_goes_on_whatever_its_summary_is(
+    tmp_path: Path, odd: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/quickstart/version_0")
+    run.mkdir(parents=True)
+    r = recipe.load("quickstart", ["resume=auto"])
+    recipe.save(r, run / runs.RECIPE)
+    odd(run / runs.SUMMARY)
+    assert resume.find(r) == resume.Place(run)
+
+
+def test_the_lock_of_a_run_never_waits(tmp_path: Path) -> None:
+    pipe(tmp_path / run_lock.LOCK)
+    assert run_lock.holder(tmp_path) == ""
+    with run_lock.hold(tmp_path):
+        pass
+
+
+def test_a_recipe_is_a_small_regular_file(
+    tmp_path: Path, odd: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd(tmp_path / "x.yaml")
+    assert cli.main(["show", str(tmp_path / "x.yaml")]) == 2
+    assert "x.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["/dev/urandom", "/dev/zero", "/dev/stdin"])
+def test_data_that_is_no_regular_file_is_refused(path: str) -> None:
+    with pytest.raises(DataError, match=f"data.paths: {path} is no regular file"):
+        files.Files([path])
+
+
+def test_a_prompt_is_a_regular_file(tmp_path: Path, odd: Callable[[Path], None]) -> None:
+    odd(tmp_path / "prompt")
+    with pytest.raises(UserError, match=r"--prompt-file .*prompt cannot be read"):
+        console.run("quickstart", prompt_files=[tmp_path / "prompt"])
+
+
+PACKED = {
+    "a.txt.gz": (gzip.compress(b"text"), "gzip"), "a.txt": (gzip.compress(b"text"), "gzip"),
+    "a.bz2": (b"BZh9", "bzip2"),
+    "a.txt.xz": (b"", "xz"), "b.txt": (b"\xfd7zXZ\x00", "xz"), "a.jsonl.zst": (b"", "zstd"),
+    "a.jsonl": (b"\x28\xb5\x2f\xfd", "zstd"), "a.zip": (b"PK\x03\x04", "zip"), "a.csv": (b"a,b\n", "table"),
+    "a.parquet": (b"PAR1", "table"), "c.txt": (b"PAR1", "table"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_text_and_tables_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    content, kind = PACKED[name]
+    (tmp_path / name).write_bytes(content or b"anything")
+    for path in (tmp_path / name, tmp_path / "*"):
+        with pytest.raises(DataError, match=rf"data.paths: \S*{name} is .*\b{kind}\b"):
+            files.Files([str(path)])
+    with pytest.raises(UserError, match=rf"--prompt-file \S*{name} is .*\b{kind}\b"):
+        console.run("quickstart", prompt_files=[tmp_path / name])
+    for number in range(3):
+        (tmp_path / f"{number}.py").write_text(f"pass # {number}")
+    with pytest.raises(DataError, match=rf"labelled_files: \S*{name} is .*\b{kind}\b"):
+        LabelledFiles({"a": [str(tmp_path / "*.py")], "b": [str(tmp_path / name)]})
+
+
+def texts(source: files.Files, as_bytes: bool = False) -> list[str | bytes]:
+    return [document.content for document in source.documents(as_bytes)]
+
+
+def test_json_lines_are_read_whatever_the_file_is_called(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(9))
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_text(lines)
+        assert sorted(texts(files.Files([str(tmp_path / name)]))) == [f"text {i}" for i in range(9)]
+
+
+@pytest.mark.parametrize("document", ['[{"text": "a"}]', '{\n "text": "a"\n}\n', '"text"', "3"])
+def test_one_json_document_is_refused(tmp_path: Path, document: str) -> None:
+    (tmp_path / "a.json").write_text(document)
+    with pytest.raises(DataError, match=r"a\.json is one JSON document, and JSON lines are expected"):
+        files.Files([str(tmp_path / "a.json")])
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, as_bytes: bool) -> None:
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + b"one\ntwo\n")
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "empty.txt").write_bytes(codecs.BOM_UTF8)
+    found = texts(files.Files([str(tmp_path / "a.txt")]), as_bytes)
+    assert (b"" if as_bytes else "").join(found) == (b"one\ntwo\n" if as_bytes else "one\ntwo\n")  # type: ignore[arg-type]
+    assert sorted(texts(files.Files([str(tmp_path / "a.jsonl")]), as_bytes)) == ["one", "two"]
+    assert not any(texts(files.Files([str(tmp_path / "empty.txt")]), as_bytes))
+
+
+def flipped(path: Path, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_the_state_of_a_stream_never_changes_it(tmp_path: Path) -> None:
+    rng, state = random.Random(0), {"position": 5, "cache": torch.arange(2000.0)}
+    told: list[str] = []
+    for number in range(60):
+        path = tmp_path / f"{number}.pt"
+        torch.save(state, path)
+        flipped(path, rng)
+        try:
+            read = stream_files._read_state(path)
+        except UserError as error:
+            told.append(str(error))
+        else:  # the bit was in a part of the archive that nothing reads
+            assert read is not None and read["position"] == 5 and torch.equal(read["cache"], state["cache"])
+    assert len(told) > 40
+    assert all(" is damaged (" in words and words.endswith("delete it to read from the beginning") for words in told)
+
+
+def test_a_flipped_bit_in_an_exported_file_is_found(tmp_path: Path) -> None:
+    rng, tensors, metadata = random.Random(0), {"w": torch.arange(2000.0)}, {"step": "5", "recipe": "name: a"}
+    metadata[weights.DIGEST] = weights.digest(tensors, metadata)
+    for number in range(60):
+        path = tmp_path / f"{number}.safetensors"
+        save_file(tensors, path, metadata)
+        assert torch.equal(weights.read(path)["state_dict"]["model.w"], tensors["w"])
+        flipped(path, rng)
+        with pytest.raises(UserError, match="damaged"):
+            weights.read(path)
