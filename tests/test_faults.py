@@ -240,12 +240,14 @@ def tool(name: str, *arguments: str) -> str:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
+@pytest.mark.soak
 def test_interrupted_saves_leave_a_checkpoint_that_loads() -> None:
     assert "100 of 100 interrupted saves left latest.ckpt loadable" in tool("soak_saves.py", "--saves", "100")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
 @pytest.mark.parametrize(("workers", "more", "count"), [("0", ["--last-step"], 8), ("4", [], 2)])
+@pytest.mark.soak
 def test_killed_runs_go_on_as_if_nothing_had_been(workers: str, more: list[str], count: int) -> None:
     told = tool("soak_kills.py", "--kills", "2", "--saves", "1", "--workers", workers, "--seed", workers, *more)
     assert f"{count} of {count} are bit-identical to the undisturbed one" in told

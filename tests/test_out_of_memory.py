@@ -136,6 +136,7 @@ def test_what_is_advised_can_be_typed_and_needs_what_it_says(name: str, override
     assert peaks == sorted(peaks), "the best comes first"
 
 
+@pytest.mark.soak
 def test_what_helps_depends_on_the_recipe() -> None:
     def items(*overrides: str, name: str = "quickstart", error: Exception = ON_CUDA) -> set[str]:
         return set(ways(out_of_memory.advice(load(*overrides, name=name), error, 1)))
@@ -237,6 +238,7 @@ def in_process(program: str, *arguments: str, folder: Path) -> str:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the address space as Linux does")
+@pytest.mark.soak
 def test_a_run_that_ran_out_runs_with_what_is_advised_first(tmp_path: Path) -> None:
     (tmp_path / "big.yaml").write_text(BIG)
     (tmp_path / "text.txt").write_text("some lines, and others\n" * 15_000)
@@ -259,6 +261,7 @@ except Exception as error:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the address space as Linux does")
+@pytest.mark.soak
 def test_advice_needs_next_to_no_memory(tmp_path: Path) -> None:
     program = """
 r = recipe.load("quickstart", ["model.layers=1", "data.batch_size=4096"])

@@ -172,6 +172,7 @@ def assert_complete(names: list[str]) -> None:
 
 @needs_proc
 @pytest.mark.parametrize("how", ["all processes", "the sweep alone"])
+@pytest.mark.soak
 def test_a_killed_sweep_goes_on(how: str, start: Callable[..., Sweep]) -> None:
     Path("slow").touch()
     killed, second = start(*GRID), run_of(NAMES[1])
@@ -212,6 +213,7 @@ def test_a_killed_sweep_goes_on(how: str, start: Callable[..., Sweep]) -> None:
 
 
 @needs_proc
+@pytest.mark.soak
 def test_a_run_that_outlives_its_sweep_has_its_cell_before_it_has_a_directory(start: Callable[..., Sweep]) -> None:
     Path("late").touch()
     killed = start(*ALONE, "model.dim=16,32")
@@ -227,6 +229,7 @@ def test_a_run_that_outlives_its_sweep_has_its_cell_before_it_has_a_directory(st
     assert log_of("dim-16").count("longnet_kit.cli fit") == 1
 
 
+@pytest.mark.soak
 def test_a_change_to_the_recipe_reaches_no_run_of_a_sweep_that_has_started(start: Callable[..., Sweep]) -> None:
     """The recipe is in a folder of its own, its plug-in beside it; even the folder of logs may go meanwhile."""
     Path("slow").touch()
@@ -246,6 +249,7 @@ def test_a_change_to_the_recipe_reaches_no_run_of_a_sweep_that_has_started(start
         assert recipe.load_saved(run_of(name)).optimizer.lr == 0.01
 
 
+@pytest.mark.soak
 def test_a_run_without_its_recipe_is_not_thrown_away(start: Callable[..., Sweep]) -> None:
     start(*ALONE, "model.dim=16,32").end(0)
     (run_of("dim-16") / "recipe.yaml").unlink()
@@ -257,6 +261,7 @@ def test_a_run_without_its_recipe_is_not_thrown_away(start: Callable[..., Sweep]
     assert not Path("runs/tiny_sweep_dim-16/version_1").exists()
 
 
+@pytest.mark.soak
 def test_a_run_that_stops_or_vanishes_is_not_called_finished(start: Callable[..., Sweep]) -> None:
     Path("slow").touch()
     out = start(*ALONE, "trainer.max_time='00:00:00:01'", "model.attention.backend=hurdle,vanishing").end(1)
@@ -294,6 +299,7 @@ def test_a_run_that_fails_stops_no_other(start: Callable[..., Sweep]) -> None:
         assert runs.read_summary(run_of(name))["status"] == "finished"
 
 
+@pytest.mark.soak
 def test_more_steps_train_finished_runs_on(start: Callable[..., Sweep]) -> None:
     """Here the only one, on two devices: a run starts its own processes."""
     items = [*PLUGGED, "data.batch_size=2", "strategy={name: ddp}", "optimizer.schedule=constant"]

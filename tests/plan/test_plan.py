@@ -175,6 +175,7 @@ def test_a_million_tokens_fit_a_small_machine() -> None:
     assert made.peak < 10e9
 
 
+@pytest.mark.soak
 def test_a_plan_that_does_not_fit_says_what_does(capsys: pytest.CaptureFixture[str]) -> None:
     """And what it says can be typed."""
     lengths = ["data.seq_len=16777216", "data.eval_contexts=[]", "strategy.sequence_parallel_size=8"]
@@ -191,6 +192,7 @@ def test_a_plan_that_does_not_fit_says_what_does(capsys: pytest.CaptureFixture[s
     assert "  fits: " in again
 
 
+@pytest.mark.soak
 def test_changes_are_tried_in_order_of_their_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpointing before smaller batches before FSDP before more devices; each kept only if it helps."""
     whole = plan.plan("quickstart", QUIET)

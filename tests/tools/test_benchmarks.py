@@ -59,6 +59,7 @@ def test_the_peer_is_dilated_attention(causal: bool, seq_len: int, heads: int, b
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
+@pytest.mark.soak
 def test_a_benchmark_prints_a_table_and_writes_json_and_a_plot(
     name: str, arguments: list[str], keys: set[str], tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ def test_each_answer_is_held_against_the_keys_before_it(
     assert [answer[3] for answer in answers] == [1, 1, 2]
 
 
+@pytest.mark.soak
 def test_the_tool_reads_a_run(tmp_path: Path) -> None:
     small = ["trainer.max_steps=1", "data.seq_len=256", "data.distances=[32,64]", "data.keys=4", "data.val_examples=2",
              "model.layers=1", "model.attention.segment_lengths=[32,64,256]"]  # fmt: skip

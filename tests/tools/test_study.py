@@ -50,6 +50,7 @@ def results() -> dict[str, Any]:
     return {path.stem: json.loads(path.read_text()) for path in Path("study/results").glob("*.json")}
 
 
+@pytest.mark.soak
 def test_every_run_is_trained_tested_and_written_down_once(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert study.main() == 0
     found = results()
@@ -70,6 +71,7 @@ def test_every_run_is_trained_tested_and_written_down_once(study: Any, monkeypat
     assert stamps == {path: path.stat().st_mtime_ns for path in Path("study/results").iterdir()}
 
 
+@pytest.mark.soak
 def test_a_result_of_a_recipe_that_has_changed_does_not_count(
     study: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +104,7 @@ def test_elsewhere_it_says_where_to_run_it(study: Any, tmp_path: Path, monkeypat
         study.main()
 
 
+@pytest.mark.soak
 def test_what_is_measured_is_what_the_test_split_gives(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against `longnet test` of the same run at that length, on all of the split."""
     monkeypatch.setattr(study, "WINDOWS", 10**6)
