@@ -1,8 +1,9 @@
 """The command `longnet VERB ...`: calls one function of the package for the arguments that it was given.
 
 Exit codes: 0 done, 2 the user's error (one message on stderr), 1 a fault (with its traceback, unless it is that another
-rank of the job was lost, or that a loss or gradient was not finite), 141 the reader of the output is gone, 128 + n when
-signal n ended it: 130 SIGINT, 138 SIGUSR1, 143 SIGTERM. Everything heavy is imported by the verb that needs it.
+rank of the job was lost, or that a loss or gradient was not finite), 141 the reader of the output is gone (fit, sweep
+and stream go on without it), 128 + n when signal n ended it: 129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM.
+Everything heavy is imported by the verb that needs it.
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import NoReturn
 
-from longnet_kit import cli_arguments
+from longnet_kit import cli_arguments, terminal
 from longnet_kit.errors import UserError
 
 DONE, FAULT, USER_ERROR, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
+OUTLIVING = ("fit", "sweep", "stream")
+"""Verbs that go on when the reader of their output is gone."""
 
 
 def command() -> NoReturn:
     """Run the command as a process of its own."""
+    terminal.open_closed()
     code = main()
     if _has_foreign_threads():
         _end_at_once(code)
@@ -62,16 +68,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. A fault is raised instead, so that the interpreter shows its traceback and exits with 1.
     """
+    with terminal.outliving("stderr"), ExitStack() as held:
+        return _run(list(sys.argv[1:] if argv is None else argv), held)
+
+
+def _run(argv: list[str], held: ExitStack) -> int:
+    """Run the command; `held` is open as long as anything is printed."""
     try:
-        arguments = cli_arguments.parse(list(sys.argv[1:] if argv is None else argv))
+        arguments = cli_arguments.parse(argv)
+        if arguments.verb in OUTLIVING:
+            held.enter_context(terminal.outliving())
         code = _CALLS[arguments.verb](arguments)
         sys.stdout.flush()
         return code
     except SystemExit as end:  # argparse, after --help; or Lightning, which hides what Ctrl-C raises
         return INTERRUPTED if isinstance(end.__context__, KeyboardInterrupt) else int(end.code or 0)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:  # a sweep's has the number of its signal
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + getattr(error, "signum", signal.SIGINT)
     except BrokenPipeError:
         # What is buffered still would be written at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -22,6 +22,7 @@ from longnet_kit import (
     runs,
     signals,
     tasks,
+    terminal,
     trainers,
     weights,
 )
@@ -53,8 +54,9 @@ def build_task(r: Recipe) -> LightningModule:
     return task
 
 
+@terminal.outliving()
 def run(r: Recipe) -> Path:
-    """Train what the recipe says; what `longnet fit` does.
+    """Train what the recipe says; what `longnet fit` does. A console that goes away does not end it.
 
     Returns:
         The run directory.

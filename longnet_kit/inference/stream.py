@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from longnet_kit import host_memory, runs, signals, weights
+from longnet_kit import host_memory, runs, signals, terminal, weights
 from longnet_kit.data import tokenizers
 from longnet_kit.errors import UserError
 from longnet_kit.inference import CHUNK, network, progress, stream_report
@@ -50,6 +50,7 @@ class Result(NamedTuple):
     """The signal that ended it; 0 for none."""
 
 
+@terminal.outliving()
 def stream(
     source: str | Path,
     files: Sequence[str],
