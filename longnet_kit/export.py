@@ -24,7 +24,7 @@ def export(run: str | Path, output: str | Path, checkpoint: str | Path | None = 
     """Write the weights of a run and its recipe; which step it was is printed.
 
     Args:
-        run: a run directory, runs/<name> (its newest version), or a recipe whose run is in runs/<its name>.
+        run: a run directory, runs/<name> (see `runs.find`), or a recipe whose run is in runs/<its name>.
         output: a .safetensors file; one that is there is replaced once the new one is whole.
         checkpoint: one of the run's checkpoints, by default the newest.
 
@@ -60,9 +60,9 @@ def _find(run: Path, checkpoint: Path | None) -> Path:
         raise UserError(f"{run} is a checkpoint; give the run that it is of, and --checkpoint {run}")
     if not run.is_dir():
         run = runs.ROOT / recipe.load(run).name
-    newest = runs.checkpoint(runs.find(run))
     if checkpoint is None:
-        return newest
+        return runs.newest(run)
+    runs.find(run, lambda _: None)
     own = [run] if (run / runs.RECIPE).is_file() else runs.versions(run.name, run.parent)
     there = [path for directory in own for path in runs.checkpoints(directory)]
     for path in there:

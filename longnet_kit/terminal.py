@@ -50,6 +50,11 @@ def open_closed() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
+def tell(text: str) -> None:
+    """Print to standard error, where standard output may be data."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class _Outliving:
     """A text stream whose writes never fail."""
 

@@ -86,7 +86,7 @@ def stream(
             raise UserError(f"{name} {value}: expected 1 to {MOST_TOKENS:,}")
     if repeat and tokens is None:
         raise UserError("--repeat never ends by itself; say where to end with --tokens")
-    corpus = Corpus(files, tokenizers.build(network.find(source)[0].data.tokenizer), errors, repeat)
+    corpus = Corpus(files, tokenizers.build(network.find(source, lambda _: None)[0].data.tokenizer), errors, repeat)
     if not corpus.size:
         raise UserError(f"{', '.join(corpus.names)}: there is no text in it")
     ends = [n for n in (tokens, None if repeat else corpus.most_tokens) if n is not None]
