@@ -78,6 +78,10 @@ def _run(argv: list[str], held: ExitStack) -> int:
         arguments = cli_arguments.parse(argv)
         if arguments.verb in OUTLIVING:
             held.enter_context(terminal.outliving())
+        if getattr(arguments, "trust", False):
+            from longnet_kit import plugins
+
+            held.enter_context(plugins.trusted())
         code = _CALLS[arguments.verb](arguments)
         sys.stdout.flush()
         return code

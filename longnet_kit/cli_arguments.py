@@ -104,6 +104,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     _add_stream(verb("stream", "read text of any size as one sequence, and measure it", trained, read))
     backend = ("name", "a registered attention backend")
     verb("check-backend", "hold an attention backend to the definition", backend, options)
+    for name in ("fit", "validate", "test", "export", "generate", "stream"):
+        words = "let a run from outside the working directory import the modules that its recipe names"
+        made[name].add_argument("--trust", action="store_true", help=words)
     return parser, made
 
 

@@ -40,11 +40,11 @@ def export(run: str | Path, output: str | Path, checkpoint: str | Path | None = 
     table.check_place("output", output)
     path = _find(Path(run), None if checkpoint is None else Path(checkpoint))
     directory = runs.of_checkpoint(path)
-    saved = weights.read(path)
+    text, saved = recipe.dumps(recipe.load_saved(directory)), weights.read(path)
     tensors, step = _weights(path, saved), int(saved["global_step"])
     metadata = {
         "format": "pt",
-        "recipe": recipe.dumps(recipe.load_saved(directory)),
+        "recipe": text,
         "step": str(step),
         "longnet_kit": longnet_kit.__version__,
     }
