@@ -88,14 +88,14 @@ def _run(argv: list[str], held: ExitStack) -> int:
     except SystemExit as end:  # argparse, after --help; or Lightning, which hides what Ctrl-C raises
         return INTERRUPTED if isinstance(end.__context__, KeyboardInterrupt) else int(end.code or 0)
     except KeyboardInterrupt as error:  # a sweep's has the number of its signal
-        print("interrupted", file=sys.stderr)
+        terminal.tell("interrupted")
         return 128 + getattr(error, "signum", signal.SIGINT)
     except BrokenPipeError:
         # What is buffered still would be written at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
     except UserError as error:
-        print(f"longnet: {error}", file=sys.stderr)
+        terminal.tell(f"longnet: {error}")
         return USER_ERROR
     except RuntimeError as error:
         if "torch.distributed" not in sys.modules or not _is_lost_rank(error):
@@ -132,7 +132,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     from longnet_kit import recipe_list
 
-    print(recipe_list.table())
+    terminal.say(recipe_list.table())
     return DONE
 
 
@@ -142,7 +142,7 @@ def _show(arguments: argparse.Namespace) -> int:
     r = recipe.load(arguments.recipe, arguments.overrides)
     from longnet_kit import experiment
 
-    print(experiment.show(r))
+    terminal.say(experiment.show(r), is_data=True)
     return DONE
 
 
@@ -161,7 +161,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from longnet_kit import plan
 
     made = plan.plan(arguments.recipe, overrides, devices=devices, gpu=asked.get("gpu"))
-    print(plan.render(made))
+    terminal.say(plan.render(made))
     return DONE
 
 
@@ -177,7 +177,7 @@ def _pattern(arguments: argparse.Namespace) -> int:
     r = recipe.load(arguments.recipe, overrides)
     from longnet_kit.report import pattern
 
-    print(pattern.draw(r, length, arguments.output))
+    terminal.say(pattern.draw(r, length, arguments.output))
     return DONE
 
 
@@ -191,7 +191,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from longnet_kit.report import compare
 
-    print(
+    terminal.say(
         compare.compare(
             arguments.runs, sort=arguments.sort, metrics=arguments.metric, plot=arguments.plot,
             against=arguments.against, csv=arguments.csv, markdown=arguments.markdown,
@@ -274,7 +274,7 @@ def _ended_in_training(error: Exception) -> int | None:
     if not isinstance(error, (Interrupted, NonFiniteError)):
         return None
     if rank_zero_only.rank == 0:
-        print(f"longnet: {error}", file=sys.stderr)
+        terminal.tell(f"longnet: {error}")
     if was_started_by_a_rank():
         return DONE  # the rank that started this one ends the job with the code; a code of ours would have it killed
     return 128 + error.signum if isinstance(error, Interrupted) else FAULT

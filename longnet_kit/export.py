@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import longnet_kit
-from longnet_kit import durable, recipe, runs, typed, weights
+from longnet_kit import durable, recipe, runs, terminal, typed, weights
 from longnet_kit.errors import UserError
 from longnet_kit.report import table
 
@@ -50,7 +50,7 @@ def export(run: str | Path, output: str | Path, checkpoint: str | Path | None = 
     }
     _write(tensors, metadata, output)
     size = table.size(output.stat().st_size)
-    print(f"exported step {step} of {directory} to {output}: {len(tensors)} tensors, {size}", flush=True)
+    terminal.say(f"exported step {step} of {directory} to {output}: {len(tensors)} tensors, {size}")
     return output
 
 

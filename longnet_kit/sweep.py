@@ -74,12 +74,12 @@ def sweep(paths: str | Sequence[str], items: Sequence[str]) -> int:
     for kind in (STOPPED, FAILED):
         labels = [run.cell.label for run, outcome in zip(cells, outcomes, strict=True) if outcome == kind]
         words += [f"{len(labels)} {kind}: {'; '.join(labels)}"] if labels else []
-    print(", ".join(words), flush=True)
+    terminal.say(", ".join(words))
     versions = [found[-1] for run in cells if (found := runs.versions(run.recipe.name))]
     if directories := [str(directory) for directory in versions if (directory / runs.RECIPE).is_file()]:
         from longnet_kit.report.compare import compare
 
-        print(f"\n{compare(directories)}")
+        terminal.say(f"\n{compare(directories)}")
     return 0 if outcomes.count(FINISHED) == len(cells) else 1
 
 

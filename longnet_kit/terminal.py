@@ -1,14 +1,19 @@
-"""What the kit writes to the console, which may go away while a run goes on."""
+"""What the kit writes to the console, which may go away while a run goes on.
+
+Text from recipes, file names, prompts and networks is escaped where it is printed: on a terminal it could act.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+_ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
 """Errors of a pipe without a reader and of a terminal that was closed."""
 
@@ -50,9 +55,27 @@ def open_closed() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
+def say(text: str, end: str = "\n", is_data: bool = False) -> None:
+    """Print to standard output, escaped.
+
+    Args:
+        is_data: print the text as it is where standard output is no terminal.
+    """
+    print(text if is_data and not sys.stdout.isatty() else printable(text), end=end, flush=True)
+
+
 def tell(text: str, end: str = "\n") -> None:
-    """Print to standard error, where standard output may be data."""
-    print(text, end=end, file=sys.stderr, flush=True)
+    """Print to standard error, where standard output may be data, escaped."""
+    print(printable(text), end=end, file=sys.stderr, flush=True)
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Write control characters, directions of writing and halves of characters as `\\u001b`.
+
+    Args:
+        keep: control characters that stay.
+    """
+    return _ACTING.sub(lambda match: match[0] if match[0] in keep else f"\\u{ord(match[0]):04x}", text)
 
 
 class _Outliving:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from longnet_kit import cli, runs
+from longnet_kit import cli, runs, terminal
 from tests.parallel import desk
 
 COMMAND = f"{sys.executable} -m longnet_kit.cli"
@@ -95,3 +95,42 @@ def test_a_list_whose_reader_goes_away_ends(tmp_path: Path) -> None:
 def test_a_command_without_a_standard_stream_does_its_work(closed: str, tmp_path: Path) -> None:
     assert shell(tmp_path, f"{COMMAND} list {closed}") == [0]
     assert shell(tmp_path, f"{COMMAND} lisst {closed}") == [2]
+
+
+HOSTILE = "a\x1b[2Jb\x07\x9b31m\r\u202ec\x7f\u2028\udc80"
+SHOWN = r"a\u001b[2Jb\u0007\u009b31m\u000d\u202ec\u007f\u2028\udc80"
+
+
+def test_what_could_act_on_a_terminal_is_escaped() -> None:
+    assert terminal.printable(HOSTILE) == SHOWN
+    assert terminal.printable("two\nlines\tand a tab") == "two\nlines\tand a tab"
+    assert terminal.printable("two\nlines", keep="") == r"two\u000alines"
+    assert terminal.printable("Grüße, 世界 👩\u200d💻 e\u0301") == "Grüße, 世界 👩\u200d💻 e\u0301"
+
+
+def test_verbs_escape_what_files_and_arguments_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hostile = HOSTILE.replace("\r", "")  # which YAML takes for the end of a line
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "a\x1b[2J.yaml").write_text('name: x\ndescription: "b\\e[2J\\x9b"\n')
+    directory = tmp_path / "runs" / hostile / "version_0"
+    directory.mkdir(parents=True)
+    (directory / "recipe.yaml").write_text('name: "x\\e[2J"\n')
+    (directory / "metrics.csv").write_text("step,val/loss\n5,1.5\n")
+    for line in (["list"], ["compare"], ["test", hostile], [hostile], ["compare", "--csv", "runs.csv"]):
+        cli.main(line)
+        captured = capsys.readouterr()
+        told = captured.out + captured.err
+        assert "[2J" in told and terminal.printable(told) == told, line
+        assert "\\u001b" in told or "\\x1b" in told
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_data_is_escaped_for_terminals_alone(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    terminal.say("\x1b[2J\n\t", end="", is_data=True)
+    assert capsys.readouterr().out == ("\\u001b[2J\n\t" if is_terminal else "\x1b[2J\n\t")
