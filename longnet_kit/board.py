@@ -8,7 +8,7 @@ import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
-from longnet_kit import runs
+from longnet_kit import runs, terminal
 from longnet_kit.errors import UserError
 
 LOOKING = 0.5
@@ -29,7 +29,7 @@ def serve(directory: Path, host: str = "localhost", port: int | None = None) -> 
     address, found = start(directory, host, port)
     runs_found = f"{found} run{'' if found == 1 else 's'}"
     try:
-        print(f"TensorBoard on {directory}, {runs_found}: {address}  (Ctrl-C ends it)", flush=True)
+        terminal.say(f"TensorBoard on {directory}, {runs_found}: {address}  (Ctrl-C ends it)")
         while True:
             time.sleep(LOOKING)
     except KeyboardInterrupt:

@@ -1,8 +1,9 @@
 """The command `longnet VERB ...`: calls one function of the package for the arguments that it was given.
 
 Exit codes: 0 done, 2 the user's error (one message on stderr), 1 a fault (with its traceback, unless it is that another
-rank of the job was lost, or that a loss or gradient was not finite), 141 the reader of the output is gone, 128 + n when
-signal n ended it: 130 SIGINT, 138 SIGUSR1, 143 SIGTERM. Everything heavy is imported by the verb that needs it.
+rank of the job was lost, or that a loss or gradient was not finite), 141 the reader of the output is gone (fit, sweep
+and stream go on without it), 128 + n when signal n ended it: 129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM.
+Everything heavy is imported by the verb that needs it.
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import NoReturn
 
-from longnet_kit import cli_arguments
+from longnet_kit import cli_arguments, terminal
 from longnet_kit.errors import UserError
 
 DONE, FAULT, USER_ERROR, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
+OUTLIVING = ("fit", "sweep", "stream")
+"""Verbs that go on when the reader of their output is gone."""
 
 
 def command() -> NoReturn:
     """Run the command as a process of its own."""
+    terminal.open_closed()
     code = main()
     if _has_foreign_threads():
         _end_at_once(code)
@@ -62,22 +68,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. A fault is raised instead, so that the interpreter shows its traceback and exits with 1.
     """
+    with terminal.outliving("stderr"), ExitStack() as held:
+        return _run(list(sys.argv[1:] if argv is None else argv), held)
+
+
+def _run(argv: list[str], held: ExitStack) -> int:
+    """Run the command; `held` is open as long as anything is printed."""
     try:
-        arguments = cli_arguments.parse(list(sys.argv[1:] if argv is None else argv))
+        arguments = cli_arguments.parse(argv)
+        if arguments.verb in OUTLIVING:
+            held.enter_context(terminal.outliving())
+        if getattr(arguments, "trust", False):
+            from longnet_kit import plugins
+
+            held.enter_context(plugins.trusted())
         code = _CALLS[arguments.verb](arguments)
         sys.stdout.flush()
         return code
     except SystemExit as end:  # argparse, after --help; or Lightning, which hides what Ctrl-C raises
         return INTERRUPTED if isinstance(end.__context__, KeyboardInterrupt) else int(end.code or 0)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:  # a sweep's has the number of its signal
+        terminal.tell("interrupted")
+        return 128 + getattr(error, "signum", signal.SIGINT)
     except BrokenPipeError:
         # What is buffered still would be written at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
     except UserError as error:
-        print(f"longnet: {error}", file=sys.stderr)
+        terminal.tell(f"longnet: {error}")
         return USER_ERROR
     except RuntimeError as error:
         if "torch.distributed" not in sys.modules or not _is_lost_rank(error):
@@ -114,7 +132,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     from longnet_kit import recipe_list
 
-    print(recipe_list.table())
+    terminal.say(recipe_list.table())
     return DONE
 
 
@@ -124,7 +142,7 @@ def _show(arguments: argparse.Namespace) -> int:
     r = recipe.load(arguments.recipe, arguments.overrides)
     from longnet_kit import experiment
 
-    print(experiment.show(r))
+    terminal.say(experiment.show(r), is_data=True)
     return DONE
 
 
@@ -143,7 +161,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from longnet_kit import plan
 
     made = plan.plan(arguments.recipe, overrides, devices=devices, gpu=asked.get("gpu"))
-    print(plan.render(made))
+    terminal.say(plan.render(made))
     return DONE
 
 
@@ -159,7 +177,7 @@ def _pattern(arguments: argparse.Namespace) -> int:
     r = recipe.load(arguments.recipe, overrides)
     from longnet_kit.report import pattern
 
-    print(pattern.draw(r, length, arguments.output))
+    terminal.say(pattern.draw(r, length, arguments.output))
     return DONE
 
 
@@ -173,7 +191,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from longnet_kit.report import compare
 
-    print(
+    terminal.say(
         compare.compare(
             arguments.runs, sort=arguments.sort, metrics=arguments.metric, plot=arguments.plot,
             against=arguments.against, csv=arguments.csv, markdown=arguments.markdown,
@@ -256,7 +274,7 @@ def _ended_in_training(error: Exception) -> int | None:
     if not isinstance(error, (Interrupted, NonFiniteError)):
         return None
     if rank_zero_only.rank == 0:
-        print(f"longnet: {error}", file=sys.stderr)
+        terminal.tell(f"longnet: {error}")
     if was_started_by_a_rank():
         return DONE  # the rank that started this one ends the job with the code; a code of ours would have it killed
     return 128 + error.signum if isinstance(error, Interrupted) else FAULT

@@ -54,7 +54,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     parser.add_argument("--version", action="version", version=f"longnet_kit {longnet_kit.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     recipe = ("recipe", "a recipe file, or the name of a shipped recipe (see `longnet list`)")
-    run = ("run", "a run directory, runs/<name> for its newest version, or a recipe whose run is there")
+    run = ("run", "a run directory, runs/<name> for its newest finished version, or a recipe whose run is there")
     overrides = ("overrides", "key.path=value", "sets a key of the recipe, like model.layers=2; the value is YAML")
     options = ("options", "key=value", "an argument of the backend; imports=[module] imports a plug-in first")
     made: dict[str, argparse.ArgumentParser] = {}
@@ -104,6 +104,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     _add_stream(verb("stream", "read text of any size as one sequence, and measure it", trained, read))
     backend = ("name", "a registered attention backend")
     verb("check-backend", "hold an attention backend to the definition", backend, options)
+    for name in ("fit", "validate", "test", "export", "generate", "stream"):
+        words = "let a run from outside the working directory import the modules that its recipe names"
+        made[name].add_argument("--trust", action="store_true", help=words)
     return parser, made
 
 

@@ -22,6 +22,7 @@ from longnet_kit import (
     runs,
     signals,
     tasks,
+    terminal,
     trainers,
     weights,
 )
@@ -48,13 +49,14 @@ def build_task(r: Recipe) -> LightningModule:
     if precision == "64-true" and torch.get_default_dtype() != torch.float64:
         network.double()  # now: Lightning does it after a checkpoint is loaded, and what is loaded would be rounded
     task = task_class(network, r.optimizer, max_steps=r.trainer["max_steps"], eval_contexts=r.data.eval_contexts)
-    if r.init_from is not None and (note := weights.start_from(network, Path(r.init_from))):
+    if r.init_from is not None and (note := weights.start_from(network, Path(r.init_from), say)):
         say(f"note: {note}")
     return task
 
 
+@terminal.outliving()
 def run(r: Recipe) -> Path:
-    """Train what the recipe says; what `longnet fit` does.
+    """Train what the recipe says; what `longnet fit` does. A console that goes away does not end it.
 
     Returns:
         The run directory.
@@ -73,7 +75,7 @@ def run(r: Recipe) -> Path:
     with ExitStack() as held:
         place = parallel.agree(trainer, lambda: fitting.claim(r, held))
         if r.init_from is not None and place.ckpt is None and not trainer.is_global_zero:
-            weights.start_from(task.model, Path(r.init_from))  # type: ignore[arg-type]
+            weights.start_from(task.model, Path(r.init_from), say)  # type: ignore[arg-type]
         if not place.is_finished:
             return fitting.fit(r, trainer, task, datamodule, place, listener)
     say(f"{place.directory} has finished its {r.trainer['max_steps']} steps; raise trainer.max_steps to train it on")
@@ -85,7 +87,7 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
     """Validate or test the newest checkpoint of a run.
 
     Args:
-        path: a run directory, runs/<name> (its newest version), or a recipe whose run is in runs/<its name>.
+        path: a run directory, runs/<name> (see `runs.find`), or a recipe whose run is in runs/<its name>.
         overrides: dotlist items over the run's recipe.
         which: `validate` or `test`.
 
@@ -98,9 +100,8 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
     path = Path(path)
     if not path.is_dir():
         path = runs.ROOT / recipe.load(path, overrides or []).name
-    directory = runs.find(path)
-    r = recipe.load_saved(directory, overrides or [])
-    ckpt = runs.checkpoint(directory)
+    ckpt = runs.newest(path, say)
+    r = recipe.load_saved(runs.of_checkpoint(ckpt), overrides or [])
     trainer = trainers.build(r, trainers.progress(r))
     datamodule = build_data(r)
     if trainer.is_global_zero:
@@ -138,7 +139,7 @@ def show(r: Recipe) -> str:
 
 def _built_by_the_first(r: Recipe, datamodule: LightningDataModule) -> LightningModule:
     """The task of the first rank, once its data is there: errors end the run before a process is started."""
-    place = resume.find(r)
+    place = resume.find(r, say)
     if not place.is_finished:
         if place.directory is not None:
             run_lock.check_free(place.directory)

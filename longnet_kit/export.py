@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import longnet_kit
-from longnet_kit import durable, recipe, runs, typed, weights
+from longnet_kit import durable, recipe, runs, terminal, typed, weights
 from longnet_kit.errors import UserError
 from longnet_kit.report import table
 
@@ -24,7 +24,7 @@ def export(run: str | Path, output: str | Path, checkpoint: str | Path | None = 
     """Write the weights of a run and its recipe; which step it was is printed.
 
     Args:
-        run: a run directory, runs/<name> (its newest version), or a recipe whose run is in runs/<its name>.
+        run: a run directory, runs/<name> (see `runs.find`), or a recipe whose run is in runs/<its name>.
         output: a .safetensors file; one that is there is replaced once the new one is whole.
         checkpoint: one of the run's checkpoints, by default the newest.
 
@@ -40,18 +40,18 @@ def export(run: str | Path, output: str | Path, checkpoint: str | Path | None = 
     table.check_place("output", output)
     path = _find(Path(run), None if checkpoint is None else Path(checkpoint))
     directory = runs.of_checkpoint(path)
-    saved = weights.read(path)
+    text, saved = recipe.dumps(recipe.load_saved(directory)), weights.read(path)
     tensors, step = _weights(path, saved), int(saved["global_step"])
     metadata = {
         "format": "pt",
-        "recipe": recipe.dumps(recipe.load_saved(directory)),
+        "recipe": text,
         "step": str(step),
         "longnet_kit": longnet_kit.__version__,
     }
     metadata[weights.DIGEST] = weights.digest(tensors, metadata)
     _write(tensors, metadata, output)
     size = table.size(output.stat().st_size)
-    print(f"exported step {step} of {directory} to {output}: {len(tensors)} tensors, {size}", flush=True)
+    terminal.say(f"exported step {step} of {directory} to {output}: {len(tensors)} tensors, {size}")
     return output
 
 
@@ -61,9 +61,9 @@ def _find(run: Path, checkpoint: Path | None) -> Path:
         raise UserError(f"{run} is a checkpoint; give the run that it is of, and --checkpoint {run}")
     if not run.is_dir():
         run = runs.ROOT / recipe.load(run).name
-    newest = runs.checkpoint(runs.find(run))
     if checkpoint is None:
-        return newest
+        return runs.newest(run)
+    runs.find(run, lambda _: None)
     own = [run] if (run / runs.RECIPE).is_file() else runs.versions(run.name, run.parent)
     there = [path for directory in own for path in runs.checkpoints(directory)]
     for path in there:

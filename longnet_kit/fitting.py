@@ -96,7 +96,7 @@ def fit(
     directory = place.directory
     assert directory is not None
     first_step, validated, last_values = _prepare(r, trainer, place)
-    say(f"{r.name}: {trainer.max_steps} steps into {directory}")
+    say(f"{r.name}: {trainer.max_steps} steps into {directory}{_beginning(r, place, first_step)}")
     started, status = time.monotonic(), "failed"
     try:
         with lightning_errors(), listener.listening():
@@ -158,6 +158,15 @@ def _prepare(r: Recipe, trainer: Trainer, place: resume.Place) -> tuple[int, dic
     assert isinstance(saving, callbacks.Saving)
     saving.begin(directory / runs.CHECKPOINTS, validated)
     return first_step, validated, last_values
+
+
+def _beginning(r: Recipe, place: resume.Place, first_step: int) -> str:
+    """Where a run that is to be resumed goes on, in words; empty for another one."""
+    if place.ckpt is not None:
+        return f"; goes on from step {first_step}, {place.ckpt}"
+    if not place.is_new:
+        return "; starts from scratch, since no checkpoint was saved there"
+    return "; starts from scratch, since there is no run of this name yet" if r.resume == "auto" else ""
 
 
 def _explained(r: Recipe, error: BaseException, trainer: Trainer) -> str:

@@ -105,6 +105,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             source: a run directory, runs/<name>, a recipe, or a file of `longnet export`, as of `network.load`.
+                One from outside the working directory whose recipe imports modules needs `plugins.trusted`.
 
         Raises:
             UserError: there is no such network, or it is no causal language model.

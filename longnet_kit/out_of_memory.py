@@ -172,7 +172,7 @@ def _changed(r: Recipe, items: tuple[str, ...]) -> Recipe:
     """The recipe with some keys set, read and checked as from the command line."""
     with TemporaryDirectory() as folder:
         recipe.save(r, Path(folder) / runs.RECIPE)
-        return recipe.load_saved(Path(folder), items)
+        return recipe.load(Path(folder) / runs.RECIPE, ["init_from=null", "resume=null", *items])
 
 
 def _plan(r: Recipe, machine: Machine) -> Plan:

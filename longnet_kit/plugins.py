@@ -13,10 +13,46 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
+from longnet_kit import terminal
 from longnet_kit.errors import UserError
+
+_TRUSTS = ContextVar("trusts", default=False)
+_ACCEPTED = "LONGNET_ACCEPTED"
+"""Environment variable with the run or file that the user has accepted: other ranks of the job do not ask again."""
+
+
+@contextmanager
+def trusted() -> Iterator[None]:
+    """Let runs and exported files from outside the working directory import the modules that their recipes name."""
+    token = _TRUSTS.set(True)
+    try:
+        yield
+    finally:
+        _TRUSTS.reset(token)
+
+
+def check_trust(entries: Sequence[str], origin: Path) -> None:
+    """Ask whether the modules of a run's or exported file's recipe may be imported, unless it is the user's own.
+
+    Those in the working directory are the user's own. Where there is no terminal, nobody is asked.
+
+    Raises:
+        UserError: the user says no, or cannot be asked.
+    """
+    place = str(origin.resolve())
+    if not entries or _TRUSTS.get() or os.environ.get(_ACCEPTED) == place or _is_inside(origin):
+        return
+    told = f"{origin} is outside the working directory, and its recipe runs the code of {', '.join(entries)}"
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        terminal.tell(f"{told}; go on? [y/N] ", end="")
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            os.environ[_ACCEPTED] = place
+            return
+    raise UserError(f"{told}; look at that code first, then add --trust (in Python: `with plugins.trusted():`)")
 
 
 def load(entry: str, folders: Sequence[Path] = ()) -> str:
@@ -97,6 +133,12 @@ def _location(spec: ModuleSpec | None) -> Path | None:
     if spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations))).resolve()
     return Path(spec.origin).resolve() if spec.origin and spec.has_location else None
+
+
+def _is_inside(path: Path) -> bool:
+    """Whether a path is in the working directory, by its name or by what its links lead to."""
+    here = Path().absolute()
+    return Path(os.path.abspath(path)).is_relative_to(here) or path.resolve().is_relative_to(here.resolve())
 
 
 def _short(folder: Path) -> str:

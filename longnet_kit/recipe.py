@@ -62,9 +62,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file cannot be read, or keys are unknown, mistyped, out of range or at odds with each other.
     """
+    return _load(path, overrides, None)
+
+
+def _load(path: str | Path, overrides: Sequence[str], origin: Path | None) -> Recipe:
     file = _find(path)
     files, found, complete = recipe_files.read_chain(file)
-    return _merged(str(path), file, files if complete else None, found, overrides)
+    return _merged(str(path), file, files if complete else None, found, overrides, origin)
 
 
 def loads(text: str, file: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -72,15 +76,24 @@ def loads(text: str, file: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: as of `load`.
+        UserError: its plug-ins are not trusted, see `plugins.check_trust`.
     """
     layer, found = recipe_files.read_text(text, recipe_files.show(file), file.parent)
-    return _merged(str(file), file, None if layer is None else [layer], found, overrides)
+    return _merged(str(file), file, None if layer is None else [layer], found, overrides, file)
 
 
 def _merged(
-    subject: str, file: Path, files: list[Layer] | None, found: list[Problem], overrides: Sequence[str]
+    subject: str,
+    file: Path,
+    files: list[Layer] | None,
+    found: list[Problem],
+    overrides: Sequence[str],
+    origin: Path | None,
 ) -> Recipe:
-    """Merge and check layers, lowest first, and the command line's items over them; None: they could not be read."""
+    """Merge and check layers, lowest first, and the command line's items over them; None: they could not be read.
+
+    `origin` is the run or exported file that the recipe is of; None where the user has named the recipe itself.
+    """
     dotlist, problems = recipe_files.parse_dotlist(overrides)
     problems = found + problems
     if files is None:
@@ -92,7 +105,7 @@ def _merged(
         merged = overlay(defaults(), merged)  # for a mapping that stood for another one
     except Excess as error:
         raise RecipeError(subject, [*problems, Problem("", subject, f"with its ${{...}} replaced, {error}")]) from error
-    wrong += _import(merged, layers)
+    wrong += _import(merged, layers, origin)
 
     from longnet_kit import recipe_checks  # torch and Lightning, in whose classes the allowed keys are written
 
@@ -108,8 +121,12 @@ def load_saved(run_directory: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that a run directory holds, as `load` reads it.
 
     `init_from` and `resume` count as null: they say where the run came from, and that may have moved since.
+
+    Raises:
+        RecipeError: as of `load`.
+        UserError: its plug-ins are not trusted, see `plugins.check_trust`.
     """
-    return load(run_directory / runs.RECIPE, ["init_from=null", "resume=null", *overrides])
+    return _load(run_directory / runs.RECIPE, ["init_from=null", "resume=null", *overrides], run_directory)
 
 
 def parse_options(items: Sequence[str]) -> Values:
@@ -186,11 +203,13 @@ def _find(path: str | Path) -> Path:
         raise RecipeError(str(path), [Problem("", str(path), f"cannot be read: {error.strerror}")]) from error
 
 
-def _import(merged: Values, layers: Iterable[Layer]) -> list[typed.Problem]:
+def _import(merged: Values, layers: Iterable[Layer], origin: Path | None = None) -> list[typed.Problem]:
     """Import the plug-ins; in `merged`, name them so that they are found from the run directory too."""
     entries = merged.get("imports")
     if not isinstance(entries, list):
         return []
+    if origin is not None:
+        plugins.check_trust([entry for entry in entries if isinstance(entry, str)], origin)
     folders = [layer.folder for layer in reversed(list(layers)) if layer.folder is not None]
     problems: list[typed.Problem] = []
     for i, entry in enumerate(entries):

@@ -38,8 +38,11 @@ class Place(NamedTuple):
     """Whether the directory was made for this run."""
 
 
-def find(r: Recipe) -> Place:
+def find(r: Recipe, say: runs.Say = lambda _: None) -> Place:
     """Where a recipe's run goes on, by its `resume`; a checkpoint that this names is not looked into.
+
+    Args:
+        say: takes a note where a newer version of the run that `resume` names is passed over.
 
     Raises:
         UserError: there is nothing to resume, or it was trained under another recipe.
@@ -52,7 +55,7 @@ def find(r: Recipe) -> Place:
             return Place()
         return at(r, saved[-1])
     path = Path(r.resume)
-    ckpt = path if path.is_file() else runs.checkpoint(runs.find(path))
+    ckpt = path if path.is_file() else runs.checkpoint(runs.find(path, say))
     run_directory = runs.of_checkpoint(ckpt)
     if (run_directory / runs.RECIPE).is_file():
         _check_same(r, run_directory)

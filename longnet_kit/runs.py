@@ -10,17 +10,19 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from longnet_kit import durable
+from longnet_kit import durable, terminal
 from longnet_kit.errors import UserError
 
 ROOT = Path("runs")
 RECIPE, SUMMARY, METRICS, CHECKPOINTS = "recipe.yaml", "summary.json", "metrics.csv", "checkpoints"
 METRICS_SIZE = 2 << 30
 """The most bytes that metrics.csv may have."""
+FINISHED = "finished"
+Say = Callable[[str], Any]
 LATEST, BEST = "latest.ckpt", "best.ckpt"
 """Links to checkpoints, beside them."""
 
@@ -54,8 +56,13 @@ def versions(name: str, root: Path = ROOT) -> list[Path]:
     return sorted((d for d in (root / name).glob("version_*") if d.is_dir() and _number(d) >= 0), key=_number)
 
 
-def find(path: Path) -> Path:
-    """The run directory that `path` means: itself, or its newest version that has a checkpoint, if one has.
+def find(path: Path, say: Say = terminal.tell) -> Path:
+    """The run directory that `path` means: itself, or one of its versions.
+
+    Of the versions it is the newest one that is finished, else the newest one that has a checkpoint, else the newest.
+
+    Args:
+        say: takes a note where a newer version is passed over.
 
     Raises:
         UserError: there is no run there.
@@ -64,7 +71,14 @@ def find(path: Path) -> Path:
         return path
     started = [d for d in versions(path.name, path.parent) if (d / RECIPE).is_file()]
     if started:
-        return next((d for d in reversed(started) if checkpoints(d)), started[-1])
+        saved = [d for d in started if checkpoints(d)]
+        finished = [d for d in saved if _status(d) == FINISHED]
+        found = (finished or saved or started)[-1]
+        if newer := started[started.index(found) + 1 :]:
+            others = ", ".join(f"{d.name} ({_state(d)})" for d in newer)
+            told = f"{path} means {found.name} here ({_state(found)}); newer: {others}"
+            say(f"note: {told}. To use that, give {newer[-1]}")
+        return found
     present = sorted(str(d.parent) for d in path.parent.glob(f"**/{RECIPE}")) if path.parent.is_dir() else []
     hint = f"; there are: {', '.join(present)}" if present else ""
     raise UserError(
@@ -101,6 +115,17 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 def step_of(checkpoint: Path) -> int:
     """The optimizer step of a checkpoint, by its name; -1 where that does not say."""
     return _number(checkpoint)
+
+
+def newest(path: Path, say: Say = terminal.tell) -> Path:
+    """The newest checkpoint of the run that `path` means, as of `find`; which one it is goes to `say`.
+
+    Raises:
+        UserError: there is no run, or it has no checkpoint.
+    """
+    found = checkpoint(find(path, say))
+    say(f"reads {found}")
+    return found
 
 
 def checkpoint(run: Path) -> Path:
@@ -186,6 +211,16 @@ def rows_until(path: Path, step: int) -> list[dict[str, str]]:
     whole = text[: text.rfind("\n") + 1]
     rows = [{tag: value for tag, value in row.items() if tag and value} for row in csv.DictReader(whole.splitlines())]
     return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) <= step]
+
+
+def _status(run: Path) -> str:
+    return read_summary(run).get("status", "killed, or under way")
+
+
+def _state(run: Path) -> str:
+    """How far a run is, in words."""
+    saved = checkpoints(run)
+    return f"{_status(run)}, {f'step {step_of(saved[-1])}' if saved else 'no checkpoint'}"
 
 
 def _number(path: Path) -> int:

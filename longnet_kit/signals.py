@@ -1,4 +1,6 @@
-"""Signals that ask a run to end: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, which schedulers send ahead of a time limit.
+"""Signals that ask a run to end.
+
+SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is gone), and SIGUSR1, which schedulers send ahead of a time limit.
 
 They are noted, and the run ends by itself where it can save. A thread notes them, through the descriptor that the
 interpreter's C handler writes to: Python's own handlers wait until the main thread comes back from what may be a step
@@ -20,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 """Which signals are noted, as far as the system has them."""
 
 PATIENCE = 60.0

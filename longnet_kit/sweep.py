@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from longnet_kit import recipe, resume, run_lock, runs, shipped, sweep_grid, sweep_view
+from longnet_kit import recipe, resume, run_lock, runs, shipped, sweep_grid, sweep_view, terminal
 from longnet_kit.errors import UserError
 from longnet_kit.recipe import Recipe
 from longnet_kit.sweep_child import Child, Signals, Tail, open_log
@@ -51,6 +51,7 @@ class Run:
         return resume.find(self.recipe)
 
 
+@terminal.outliving()
 def sweep(paths: str | Sequence[str], items: Sequence[str]) -> int:
     """Train every cell of the grid that the items span, and compare the runs.
 
@@ -64,7 +65,7 @@ def sweep(paths: str | Sequence[str], items: Sequence[str]) -> int:
 
     Raises:
         UserError: the grid or a cell's recipe cannot be used; nothing was started then.
-        KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came. The run that went on then has ended.
+        Ended: SIGINT, SIGTERM or SIGHUP was received. The run that was trained then has ended.
     """
     cells = _of_all(_recipes([paths] if isinstance(paths, str) else paths), sweep_grid.parse(items))
     with Signals() as signals, sweep_view.view(len(cells)) as view:
@@ -73,12 +74,12 @@ def sweep(paths: str | Sequence[str], items: Sequence[str]) -> int:
     for kind in (STOPPED, FAILED):
         labels = [run.cell.label for run, outcome in zip(cells, outcomes, strict=True) if outcome == kind]
         words += [f"{len(labels)} {kind}: {'; '.join(labels)}"] if labels else []
-    print(", ".join(words), flush=True)
+    terminal.say(", ".join(words))
     versions = [found[-1] for run in cells if (found := runs.versions(run.recipe.name))]
     if directories := [str(directory) for directory in versions if (directory / runs.RECIPE).is_file()]:
         from longnet_kit.report.compare import compare
 
-        print(f"\n{compare(directories)}")
+        terminal.say(f"\n{compare(directories)}")
     return 0 if outcomes.count(FINISHED) == len(cells) else 1
 
 

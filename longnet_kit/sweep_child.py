@@ -29,6 +29,18 @@ _ENOUGH = 1 << 16
 """Bytes in which the last lines of a log are."""
 
 
+class Ended(KeyboardInterrupt):
+    """A sweep that a signal ends.
+
+    Args:
+        signum: the signal's number.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
 class Signals:
     """Keeps SIGINT, SIGTERM and SIGHUP for `pause` while the context lasts: no child is started and then forgotten."""
 
@@ -47,11 +59,11 @@ class Signals:
             signal.signal(number, handler)
 
     def pause(self) -> None:
-        """Sleep a moment; KeyboardInterrupt when a signal has come."""
+        """Sleep a moment; raise `Ended` when a signal was received."""
         if not self.received:
             time.sleep(PAUSE)
         if self.received:
-            raise KeyboardInterrupt
+            raise Ended(self.received[0])
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
@@ -73,13 +85,16 @@ class Child:
         return self._process.poll()
 
     def end(self, signals: Signals, grace: float = GRACE) -> None:
-        """End all its processes: pass a signal on, wait, and kill what is left; at once when a second signal comes."""
+        """End all its processes: pass a signal on, wait, and kill what is left; kill at once on a second SIGINT.
+
+        A second SIGHUP is none: the system and the shell each send one when a terminal is closed.
+        """
         if self.exit_code() is None:
             self._send(signals.received[-1] if signals.received else signal.SIGTERM)
         else:
             grace = min(grace, LEFTOVER_GRACE)
         seen, deadline = len(signals.received), time.monotonic() + grace
-        while self._is_there() and time.monotonic() < deadline and len(signals.received) == seen:
+        while self._is_there() and time.monotonic() < deadline and signal.SIGINT not in signals.received[seen:]:
             time.sleep(PAUSE / 2)
         self._send(getattr(signal, "SIGKILL", signal.SIGTERM))
         self._process.wait()

@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from longnet_kit import terminal
+
 
 def view(total: int) -> Lines:
     """A live view if standard output is a terminal, else lines."""
@@ -39,7 +41,7 @@ class Lines:
 
     def say(self, text: str) -> None:
         """Tell of an event."""
-        print(text, flush=True)
+        terminal.say(text)
 
     def begin(self, number: int) -> None:
         """The run of that number is the current one."""
@@ -62,8 +64,8 @@ class Bar(Lines):
         super().__init__(total)
         columns = (
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} runs"),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} runs", markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
         )
         self._progress = Progress(*columns)
         self._task = self._progress.add_task("runs", total=total, left="")
@@ -80,7 +82,7 @@ class Bar(Lines):
         self._live.stop()
 
     def say(self, text: str) -> None:
-        self._live.console.print(text, highlight=False, markup=False)
+        self._live.console.print(terminal.printable(text), highlight=False, markup=False)
 
     def begin(self, number: int) -> None:
         super().begin(number)
@@ -91,7 +93,7 @@ class Bar(Lines):
         self._progress.update(self._task, left=_words(left))
         if line.startswith((" ", "next ")):  # what a run says of itself after its end
             line = ""
-        current = Text(f"{label}  {line}", no_wrap=True, overflow="ellipsis")
+        current = Text(terminal.printable(f"{label}  {line}", keep=""), no_wrap=True, overflow="ellipsis")
         self._live.update(Group(self._progress, current))
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
-from longnet_kit import callbacks, checkpoint_io, parallel, placement, recipe_schema, runs
+from longnet_kit import callbacks, checkpoint_io, parallel, placement, recipe_schema, runs, terminal
 from longnet_kit.errors import UserError
 from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
@@ -99,7 +99,7 @@ def lightning_errors() -> Iterator[None]:
 def say(text: str) -> None:
     """Print, on the first rank."""
     if rank_zero_only.rank == 0:
-        print(text, flush=True)
+        terminal.say(text)
 
 
 def si(number: float) -> str:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from longnet_kit import checkpoint_io, runs
+from longnet_kit import checkpoint_io, runs, terminal
 from longnet_kit.errors import UserError
 from longnet_kit.model import image_weights, slide_weights, torchscale
 
@@ -115,15 +115,16 @@ def load(network: nn.Module, source: Path) -> None:
     network.load_state_dict(fitting(network, path, read(path)))
 
 
-def start_from(network: nn.Module, source: Path) -> str:
+def start_from(network: nn.Module, source: Path, say: runs.Say = terminal.tell) -> str:
     """Load weights as `load` does, to be trained on; a head that there is none for stays as it was drawn.
 
     The parameters of that head are what the network's `own_head` names: a classifier starts from a language model so.
+    Which checkpoint of a run it is goes to `say`.
 
     Returns:
         A sentence on what was not loaded; empty where all was.
     """
-    path = _file_of(source)
+    path = _file_of(source, say)
     own_head = getattr(network, "own_head", ())
     drawn = {key: x for key, x in network.state_dict().items() if key in own_head}
     loaded = fitting(network, path, read(path), instead=drawn)
@@ -133,8 +134,8 @@ def start_from(network: nn.Module, source: Path) -> str:
     return ""
 
 
-def _file_of(source: Path) -> Path:
-    return source if source.is_file() else runs.checkpoint(runs.find(source))
+def _file_of(source: Path, say: runs.Say = terminal.tell) -> Path:
+    return source if source.is_file() else runs.newest(source, say)
 
 
 def check_resumable(network: nn.Module, path: Path) -> int:

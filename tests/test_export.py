@@ -84,6 +84,45 @@ def test_the_file_holds_the_newest_weights_and_where_they_are_from(capsys: pytes
     }
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "test runs/tiny trainer.limit_test_batches=1", "validate runs/tiny trainer.limit_val_batches=1",
+        "export runs/tiny again.safetensors", "stream tiny.yaml text.txt --tokens 99",
+        "generate runs/tiny --prompt a --max-new-tokens 1", "compare runs/tiny",
+        "fit tiny.yaml name=tuned init_from=runs/tiny trainer.max_steps=1",
+        "fit tiny.yaml name=fork resume=runs/tiny trainer.max_steps=5",
+    ],
+)  # fmt: skip
+def test_every_verb_that_reads_a_run_says_which_version_and_checkpoint(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("runs/tiny/version_0", "runs/tiny/version_1")
+    runs.write_summary(Path("runs/tiny/version_1"), "stopped", {})
+    assert cli.main(line.split()) == 0
+    captured = capsys.readouterr()
+    told = captured.out + captured.err
+    assert told.count("means version_0 here (finished, step 4); newer: version_1 (stopped, step 4)") == 1
+    if line.startswith("compare"):
+        return
+    assert told.count("runs/tiny/version_0/checkpoints/step_00000004.ckpt") >= 1
+    if line.startswith(("generate", "export")):
+        assert "note" not in captured.out and "reads" not in captured.out
+
+
+def test_a_run_that_is_resumed_says_where_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    experiment.run(load("resume=auto", "trainer.max_steps=5"))
+    ckpt = "runs/tiny/version_0/checkpoints/step_00000004.ckpt"
+    assert f"tiny: 5 steps into runs/tiny/version_0; goes on from step 4, {ckpt}\n" in capsys.readouterr().out
+    shutil.rmtree("runs/tiny/version_0/checkpoints")
+    experiment.run(load("resume=auto", "trainer.max_steps=6"))
+    told = "tiny: 6 steps into runs/tiny/version_0; starts from scratch, since no checkpoint was saved there\n"
+    assert told in capsys.readouterr().out
+    experiment.run(load("resume=auto", "name=other", "trainer.max_steps=1"))
+    told = "other: 1 steps into runs/other/version_0; starts from scratch, since there is no run of this name yet\n"
+    assert told in capsys.readouterr().out
+
+
 def test_a_run_is_found_by_its_name_and_by_its_recipe() -> None:
     newer = experiment.run(load("seed=2", "trainer.max_steps=2"))
     assert newer.name == "version_1"

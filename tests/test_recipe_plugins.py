@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from longnet_kit import recipe
+from longnet_kit import cli, plugins, recipe, runs
 from tests.recipes import SMALLEST, refusal, write
 
 PLUGIN = """
@@ -108,3 +109,83 @@ def test_two_plugins_of_one_name_are_not_mixed_up(tmp_path: Path) -> None:
     told = refusal(tmp_path / "two" / "r.yaml")
     assert str(tmp_path / "one" / "plugin_twin.py") in told
     assert str(tmp_path / "two" / "plugin_twin.py") in told
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_sys_path: None) -> Path:
+    """A run outside of the working directory, whose recipe imports a module that leaves a trace."""
+    run = tmp_path / "foreign" / "version_0"
+    write(run, SMALLEST + "imports: [a_foreign_module]\n", runs.RECIPE)
+    write(run, f"open({str(tmp_path / 'trace')!r}, 'a').close()\n", "a_foreign_module.py")
+    write(run, "nothing\n", "checkpoints/step_00000001.ckpt")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delitem(sys.modules, "a_foreign_module", raising=False)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setenv(plugins._ACCEPTED, "")
+    return run
+
+
+VERBS = (
+    "validate {}", "test {}", "export {} out.safetensors", "generate {} --prompt a", "stream {} ../trace",
+    "fit ../mine.yaml resume={}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", VERBS)
+def test_a_foreign_run_imports_nothing_unless_it_is_trusted(
+    line: str, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, SMALLEST, "mine.yaml")
+    arguments = line.format(foreign).split()
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert f"{foreign} is outside the working directory, and its recipe runs the code of a_foreign_module" in told
+    assert "--trust" in told
+    assert not (tmp_path / "trace").exists()
+    cli.main([*arguments, "--trust"])  # its checkpoint is none, which is found later
+    assert (tmp_path / "trace").exists()
+    assert not plugins._TRUSTS.get(), "the next command is not trusted"
+
+
+def test_a_foreign_file_imports_nothing_unless_it_is_trusted(foreign: Path, tmp_path: Path) -> None:
+    text = (foreign / runs.RECIPE).read_text()
+    with pytest.raises(ValueError, match="outside the working directory"):
+        recipe.loads(text, foreign / "exported.safetensors")
+    assert not (tmp_path / "trace").exists()
+    with plugins.trusted():
+        recipe.loads(text, foreign / "exported.safetensors")
+    assert (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("place", ["a folder further down", "the folder above", "a link"])
+def test_what_is_in_the_working_directory_is_the_users_own(
+    place: str, foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "a link":
+        Path("linked").symlink_to(foreign)
+        recipe.load_saved(Path("linked"))
+    else:
+        is_above = place == "the folder above"
+        monkeypatch.chdir(foreign.parent if is_above else tmp_path)
+        recipe.load_saved(Path("version_0") if is_above else foreign)
+    assert (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(("answer", "runs_it"), [("y\n", True), ("\n", False), ("no\n", False), ("", False)])
+def test_on_a_terminal_the_user_is_asked_once(
+    answer: str, runs_it: bool, foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    answers = io.StringIO(answer)
+    monkeypatch.setattr(answers, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", answers)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for _ in range(2):
+        if runs_it:
+            recipe.load_saved(foreign)
+        else:
+            with pytest.raises(ValueError, match="runs the code of a_foreign_module"):
+                recipe.load_saved(foreign)
+    assert capsys.readouterr().err.count("a_foreign_module; go on? [y/N] ") == (1 if runs_it else 2)
+    assert (tmp_path / "trace").exists() == runs_it

@@ -69,3 +69,42 @@ def test_metrics_are_kept_up_to_a_step(tmp_path: Path) -> None:
     assert runs.metrics_until(tmp_path, 10) == []
     (tmp_path / "metrics.csv").write_text("step,train/loss,val/loss\n10,2.5,\n10,,2.0\n20,2.0,\n")
     assert runs.metrics_until(tmp_path, 10) == [{"step": "10", "train/loss": "2.5"}, {"step": "10", "val/loss": "2.0"}]
+
+
+def version(folder: Path, number: int, status: str, step: int) -> Path:
+    """A run directory as a training leaves it; without a status it was killed, at step 0 before its first save."""
+    directory = folder / f"version_{number}"
+    (directory / "checkpoints").mkdir(parents=True)
+    (directory / "recipe.yaml").touch()
+    if status:
+        runs.write_summary(directory, status, {})
+    if step:
+        runs.checkpoint_of(directory / "checkpoints", step).touch()
+    return directory
+
+
+def test_a_finished_version_is_read_rather_than_a_newer_one_and_a_note_says_so(tmp_path: Path) -> None:
+    version(tmp_path / "a", 0, "finished", 6)
+    finished = version(tmp_path / "a", 1, "finished", 8)
+    told: list[str] = []
+    assert runs.newest(tmp_path / "a", told.append) == finished / "checkpoints" / "step_00000008.ckpt"
+    assert told == [f"reads {finished}/checkpoints/step_00000008.ckpt"], "nothing was passed over"
+    stopped = version(tmp_path / "a", 2, "stopped", 4)
+    killed = version(tmp_path / "a", 3, "", 0)
+    told.clear()
+    assert runs.find(tmp_path / "a", told.append) == finished
+    assert told == [
+        f"note: {tmp_path / 'a'} means version_1 here (finished, step 8); newer: version_2 (stopped, step 4), "
+        f"version_3 (killed, or under way, no checkpoint). To use that, give {killed}"
+    ]
+    told.clear()
+    assert runs.find(stopped, told.append) == stopped and told == []
+
+
+def test_of_versions_that_are_not_finished_the_newest_that_has_a_checkpoint_is_read(tmp_path: Path) -> None:
+    version(tmp_path / "a", 0, "stopped", 8)
+    saved = version(tmp_path / "a", 1, "", 2)
+    version(tmp_path / "a", 2, "failed", 0)
+    told: list[str] = []
+    assert runs.find(tmp_path / "a", told.append) == saved
+    assert "means version_1 here (killed, or under way, step 2); newer: version_2 (failed, no checkpoint)" in told[0]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import shutil
 import signal
 import stat
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -107,6 +110,36 @@ def test_a_signal_saves_and_ends_the_run(number: str, code: int, start: Callable
     assert f"resume=auto goes on from {runs.checkpoint(run.directory).relative_to(run.directory.parents[2])}" in output
     assert "Traceback" not in output
     assert runs.read_summary(run.directory)["status"] == "stopped"
+
+
+@pytest.mark.parametrize("is_ignored", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_a_run_on_a_terminal_that_is_closed_is_saved(is_ignored: bool, tmp_path: Path) -> None:
+    """It ends with 129; with SIGHUP ignored, as under nohup, it goes on to its last step."""
+    desk.lay(tmp_path)
+    master, slave = pty.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+
+    steps = ["trainer.max_steps=200"] if is_ignored else []
+    process = subprocess.Popen(
+        [sys.executable, "-m", "longnet_kit.cli", "fit", "tiny.yaml", *ENDLESS, *ALONE, *steps],
+        cwd=tmp_path, env=desk.environment(), stdin=slave, stdout=slave, stderr=slave,
+        start_new_session=True, preexec_fn=take_terminal,
+    )  # fmt: skip
+    os.close(slave)
+    shown, deadline = b"", time.monotonic() + 120
+    while b"tokens/s" not in shown:
+        assert time.monotonic() < deadline, shown
+        shown += os.read(master, 1 << 12)
+    assert b"\x1b[" in shown, "a bar is drawn"
+    os.close(master)
+    assert process.wait(timeout=60) == (0 if is_ignored else 129)
+    run = tmp_path / "runs/tiny/version_0"
+    last = int(runs.metrics_until(run, 10**9)[-1]["step"])
+    assert runs.step_of(runs.checkpoint(run)) == last == (200 if is_ignored else last)
+    assert runs.read_summary(run)["status"] == ("finished" if is_ignored else "stopped")
 
 
 def test_a_signal_to_all_processes_of_a_run_with_loaders_saves_too(start: Callable[..., Run]) -> None:

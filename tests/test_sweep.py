@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 import rich
 from rich.console import Console
 
-from longnet_kit import recipe, resume, run_lock, runs, sweep, sweep_grid, sweep_view
+from longnet_kit import recipe, resume, run_lock, runs, sweep, sweep_child, sweep_grid, sweep_view
 from tests.parallel import desk
 
 pytestmark = pytest.mark.timeout(300)
@@ -65,13 +66,13 @@ attention.register("vanishing")(Vanishing)
 """
 COMMAND = """
 import sys
-from longnet_kit import sweep
+from longnet_kit import sweep, sweep_child
 from longnet_kit.report import compare
 compare.compare = lambda paths: "the table of " + " ".join(paths)
 try:
     sys.exit(sweep.sweep(sys.argv[1], sys.argv[2:]))
-except KeyboardInterrupt:
-    sys.exit(130)
+except sweep_child.Ended as end:
+    sys.exit(128 + end.signum)
 """
 PLUGGED = ["imports=[hurdles]", "data.eval_contexts=[8]"]
 ALONE = ["trainer.devices=1", "strategy.name=auto", *PLUGGED]
@@ -272,7 +273,10 @@ def test_a_run_that_stops_or_vanishes_is_not_called_finished(start: Callable[...
 
 
 @needs_proc
-@pytest.mark.parametrize(("number", "devices"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    ("number", "devices"),
+    [(signal.SIGINT, 1), (signal.SIGTERM, 2), pytest.param(signal.SIGHUP, 1, marks=pytest.mark.soak)],
+)
 def test_a_signal_ends_the_run_and_the_sweep(number: signal.Signals, devices: int, start: Callable[..., Sweep]) -> None:
     Path("slow").touch()
     more = [f"trainer.devices={devices}", f"strategy.name={'auto' if devices == 1 else 'ddp'}"]
@@ -280,12 +284,39 @@ def test_a_signal_ends_the_run_and_the_sweep(number: signal.Signals, devices: in
     stopped.wait_for(lambda: runs.checkpoints(run_of("backend-hurdle")))
     assert len(pids()) == devices
     os.kill(stopped.process.pid, number)
-    out = stopped.end(130)
+    out = stopped.end(128 + number)
     assert f"{number.name}: 0 of 2 runs finished; the same command goes on from here" in out
     assert "Traceback" not in out and "the table" not in out
     assert pids() == []
     run_lock.check_free(run_of("backend-hurdle"))
     assert not run_of("backend-sdpa").exists()
+
+
+def test_a_closed_terminal_may_send_its_signal_twice_and_the_run_still_saves(folder: Path) -> None:
+    """The system sends SIGHUP to the process group, and the shell to its jobs."""
+    program = """if True:
+        import pathlib, signal, time
+        asked = []
+        signal.signal(signal.SIGHUP, lambda *_: asked.append(1))
+        pathlib.Path("ready").touch()
+        while not asked:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        pathlib.Path("saved").touch()
+    """
+    with sweep_child.Signals() as received, open("log", "wb") as log:
+        child = sweep_child.Child([sys.executable, "-c", program], log)
+        while not Path("ready").exists():
+            received.pause()
+        os.kill(os.getpid(), signal.SIGHUP)
+        second = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGHUP))
+        second.start()
+        with pytest.raises(sweep_child.Ended) as ended:
+            received.pause()
+        child.end(received)
+        second.join()
+    assert ended.value.signum == signal.SIGHUP
+    assert Path("saved").exists()
 
 
 def test_a_run_that_fails_stops_no_other(start: Callable[..., Sweep]) -> None:

@@ -19,9 +19,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from longnet_kit import __version__
+from longnet_kit import __version__, terminal
 from longnet_kit.dotted import leaves
-from longnet_kit.report import figures
+from longnet_kit.report import figures, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,7 +97,7 @@ class Board(TensorBoardLogger):
             setattr(session.session_start_info.hparams[name], kind, value)
         self._write_session(metadata.SESSION_START_INFO_TAG, session)
         writer = self.experiment
-        writer.add_text("recipe", f"```yaml\n{recipe.rstrip()}\n```", global_step=0)
+        writer.add_text("recipe", table.fenced(recipe.rstrip(), "yaml"), global_step=0)
         writer.add_text("environment", environment(), global_step=0)
         writer.add_custom_scalars(LAYOUT)
         writer.flush()
@@ -210,8 +210,8 @@ def flatten(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
 
     def plain(value: Any) -> bool | int | float | str:
         if isinstance(value, Sequence) and not isinstance(value, str):
-            return ", ".join(map(str, value))
-        return value if isinstance(value, (bool, int, float, str)) else str(value)
+            value = ", ".join(map(str, value))
+        return value if isinstance(value, (bool, int, float)) else terminal.printable(str(value))
 
     return {name: plain(value) for name, value in leaves(values)}
 
@@ -229,7 +229,9 @@ def environment() -> str:
         "CPU threads": torch.get_num_threads(),
         "system": platform.platform(),
     }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {table.as_markdown(str(value))} |" for name, value in rows.items())]
+    )
 
 
 def _processor() -> str:

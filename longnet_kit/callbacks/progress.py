@@ -174,7 +174,7 @@ class Bar(Reporter):
             return None
         if self._progress is None:
             columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}")
-            self._progress = Progress(*columns, TextColumn("{task.fields[words]}"), refresh_per_second=4)
+            self._progress = Progress(*columns, TextColumn("{task.fields[words]}", markup=False), refresh_per_second=4)
             self._progress.start()
         return self._progress.add_task(name, total=total, completed=done, words="")
 

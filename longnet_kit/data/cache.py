@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from longnet_kit import durable, typed
+from longnet_kit import durable, terminal, typed
 from longnet_kit.data.encoding import encode
 from longnet_kit.data.errors import DataError
 from longnet_kit.data.shards import Reader, Writer
@@ -228,7 +228,7 @@ class _Progress:
     """A line on stderr once a build takes more than two seconds."""
 
     def __init__(self, label: str) -> None:
-        self._label = label
+        self._label = terminal.printable(label, keep="")
         self._started = time.monotonic()
         self._next = self._started + 2
         self._shown = False

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longnet_kit import durable
+from longnet_kit import durable, terminal
 from longnet_kit.data import files
 from longnet_kit.data.tokenizers import Tokenizer
 from longnet_kit.errors import UserError
@@ -109,7 +109,7 @@ def run(
         )
     tokens, seconds = sum(row.tokens for row in rows), time.monotonic() - began
     read = sum(len(row.ids) for row in rows)
-    print(f"{tokens:,} tokens after {read:,} of prompts in {seconds:.1f} s", file=sys.stderr)
+    terminal.tell(f"{tokens:,} tokens after {read:,} of prompts in {seconds:.1f} s")
     return [row.stream.text for row in rows]
 
 
@@ -146,7 +146,7 @@ class _Printer:
             if self._as_json:
                 whole = {"prompt": row.prompt, "text": row.stream.text, "tokens": row.tokens, "end": row.end}
                 is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-                print(json.dumps(whole, ensure_ascii=not is_unicode), flush=True)
+                terminal.say(json.dumps(whole, ensure_ascii=not is_unicode), is_data=True)
             else:
                 print(flush=True)
             self._current, self._shown, self._has_begun = self._current + 1, 0, False
@@ -155,11 +155,10 @@ class _Printer:
         if not self._has_begun:
             self._has_begun = True
             if len(self._rows) > 1:
-                print(f"--- {self._current + 1} of {len(self._rows)} ---")
+                terminal.say(f"--- {self._current + 1} of {len(self._rows)} ---")
             if self._echo:
-                sys.stdout.write(row.prompt)
-        sys.stdout.write(row.stream.text[self._shown :])
-        sys.stdout.flush()
+                terminal.say(row.prompt, end="", is_data=True)
+        terminal.say(row.stream.text[self._shown :], end="", is_data=True)
         self._shown = len(row.stream.text)
 
 

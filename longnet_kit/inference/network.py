@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from longnet_kit import attention, model, placement, recipe, runs, tasks, weights
+from longnet_kit import attention, model, placement, recipe, runs, tasks, terminal, weights
 from longnet_kit.attention.patterns import Dilated
 from longnet_kit.data import tokenizers
 from longnet_kit.data.tokenizers import Tokenizer
@@ -67,12 +67,15 @@ class Trained:
         return f"{len(trained)} branches as trained: a token sees its segment, of {longest:,} tokens at most"
 
 
-def load(source: str | Path, reach: int | None = None, device: str | None = None) -> Trained:
+def load(
+    source: str | Path, reach: int | None = None, device: str | None = None, say: runs.Say = terminal.tell
+) -> Trained:
     """Load a network.
 
     Args:
-        source: a run directory, runs/<name> (its newest version), a recipe whose run is in runs/<its name>, or an
+        source: a run directory, runs/<name> (see `runs.find`), a recipe whose run is in runs/<its name>, or an
             exported file. Of a run its newest checkpoint is taken.
+        say: takes which checkpoint that is.
         reach: tokens up to which a token is to see back; where the longest segment is shorter, branches are added to it
             by doubling its length and rate. None: as trained.
         device: `cpu` or `cuda`; by default the recipe's accelerator where it is there.
@@ -81,7 +84,7 @@ def load(source: str | Path, reach: int | None = None, device: str | None = None
         UserError: there is no such network, its weights do not fit, its tokenizer cannot be had, or `reach` is given
             and its attention has no branches.
     """
-    r, path = find(source)
+    r, path = find(source, say)
     task: Any = tasks.registry.get(r.task)
     if not getattr(task, "predicts_tokens", True):
         raise UserError(
@@ -103,23 +106,23 @@ def load(source: str | Path, reach: int | None = None, device: str | None = None
     return Trained(network.to(_device(r, device)).eval(), tokenizer, r, path, step, added)
 
 
-def find(source: str | Path) -> tuple[Recipe, Path]:
+def find(source: str | Path, say: runs.Say = terminal.tell) -> tuple[Recipe, Path]:
     """The recipe of a network, and the file of its weights; `source` as of `load`.
 
     Raises:
         UserError: there is no such network.
     """
     source = Path(source)
-    return _exported(source) if source.suffix == weights.EXPORTED else _of_run(source)
+    return _exported(source) if source.suffix == weights.EXPORTED else _of_run(source, say)
 
 
-def _of_run(source: Path) -> tuple[Recipe, Path]:
+def _of_run(source: Path, say: runs.Say) -> tuple[Recipe, Path]:
     if source.suffix == ".ckpt":
         raise UserError(f"{source} is a checkpoint; give the run that it is of, or `longnet export` it first")
     if not source.is_dir():
         source = runs.ROOT / recipe.load(source).name
-    directory = runs.find(source)
-    return recipe.load_saved(directory), runs.checkpoint(directory)
+    path = runs.newest(source, say)
+    return recipe.load_saved(runs.of_checkpoint(path)), path
 
 
 def _exported(source: Path) -> tuple[Recipe, Path]:

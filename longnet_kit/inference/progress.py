@@ -11,6 +11,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from longnet_kit import terminal
 from longnet_kit.report import table
 
 
@@ -32,7 +33,7 @@ class Reading:
         self._began = self._told = time.monotonic()
         self._bar: Progress | None = None
         if self._file.isatty():
-            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}")
+            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}", markup=False)
             self._bar = Progress(
                 *columns, console=Console(file=self._file), refresh_per_second=4, transient=True,
                 redirect_stdout=False, redirect_stderr=False,
@@ -65,7 +66,7 @@ class Reading:
             self._bar.update(self._task, completed=done, words=told)
         else:
             self._told = now
-            print(told, file=self._file, flush=True)
+            print(terminal.printable(told), file=self._file, flush=True)
 
     def _left(self, done: int, now: float) -> str:
         if self._total is None or done <= self._first:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from longnet_kit import host_memory, runs, signals, weights
+from longnet_kit import host_memory, runs, signals, terminal, weights
 from longnet_kit.data import tokenizers
 from longnet_kit.errors import UserError
 from longnet_kit.inference import CHUNK, network, progress, stream_report
@@ -50,6 +50,7 @@ class Result(NamedTuple):
     """The signal that ended it; 0 for none."""
 
 
+@terminal.outliving()
 def stream(
     source: str | Path,
     files: Sequence[str],
@@ -85,7 +86,7 @@ def stream(
             raise UserError(f"{name} {value}: expected 1 to {MOST_TOKENS:,}")
     if repeat and tokens is None:
         raise UserError("--repeat never ends by itself; say where to end with --tokens")
-    corpus = Corpus(files, tokenizers.build(network.find(source)[0].data.tokenizer), errors, repeat)
+    corpus = Corpus(files, tokenizers.build(network.find(source, lambda _: None)[0].data.tokenizer), errors, repeat)
     if not corpus.size:
         raise UserError(f"{', '.join(corpus.names)}: there is no text in it")
     ends = [n for n in (tokens, None if repeat else corpus.most_tokens) if n is not None]
@@ -95,7 +96,7 @@ def stream(
     with trained.computing():
         cache = trained.network.new_cache(1, max_tokens=max_cached)
         if max_cached is not None and cache.max_tokens is None:
-            print("note: --max-cached has no effect: the cache of this model does not grow", flush=True)
+            terminal.say("note: --max-cached has no effect: the cache of this model does not grow")
         total = min((n for n in (tokens, None if repeat else corpus.tokens) if n is not None), default=None)
         if total is not None and (repeat or corpus.tokens is not None):  # else the files may end before it
             cache.check_room(total)
@@ -126,7 +127,7 @@ class _Reading:
                 "another folder with --output"
             )
         self._kept.begin()
-        print(stream_report.opening(self._trained, self._corpus, self._chunk, cache, self._kept.directory), flush=True)
+        terminal.say(stream_report.opening(self._trained, self._corpus, self._chunk, cache, self._kept.directory))
         reader = self._corpus.reader(self._place)
         saved, next_save = time.monotonic(), SAVE_EVERY
         is_through = False
@@ -169,7 +170,7 @@ class _Reading:
         except ValueError:
             if self._cache.position == self._counted > 0:
                 self._save()
-                print(f"saved       after {self._counted:,} tokens; the same command goes on from there", flush=True)
+                terminal.say(f"saved       after {self._counted:,} tokens; the same command goes on from there")
             raise
 
     def _read(self, taken: Tokens, inputs: int) -> None:
@@ -258,8 +259,8 @@ class _Reading:
             cache=self._cache.nbytes,
             added=self._trained.added,
         )
-        self._kept.finish(summary.as_dict(), summary.decades, f"```\n{summary.text()}\n```")
-        print(summary.text(), flush=True)
+        self._kept.finish(summary.as_dict(), summary.decades, table.fenced(summary.text()))
+        terminal.say(summary.text())
         return Result(self._kept.directory, position, self._score, self._seconds, signum)
 
 

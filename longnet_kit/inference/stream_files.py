@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from longnet_kit import callbacks, checkpoint_io, durable, run_lock, runs
+from longnet_kit import callbacks, checkpoint_io, durable, run_lock, runs, terminal
 from longnet_kit.errors import UserError
 
 STATE, CURVE, IDENTITY = "state.pt", "curve.csv", "stream.json"
@@ -56,7 +56,7 @@ class StreamFiles:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
                 if note := held.enter_context(run_lock.hold(directory)):
-                    print(f"note: {note}", flush=True)
+                    terminal.say(f"note: {note}")
                 _check_identity(directory, identity)
                 files = cls(directory, _read_state(directory / STATE))
             except OSError as error:
@@ -114,7 +114,7 @@ class StreamFiles:
             yield
         except (OSError, RuntimeError) as error:  # torch.save raises the latter
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            print(f"note: {self.directory}: {what} cannot be written ({reason}); reading goes on", flush=True)
+            terminal.say(f"note: {self.directory}: {what} cannot be written ({reason}); reading goes on")
 
 
 def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:

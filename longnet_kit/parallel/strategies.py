@@ -12,7 +12,6 @@ import inspect
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -29,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from longnet_kit import terminal
 from longnet_kit.attention.inputs import divisors
 from longnet_kit.attention.sharding import bind
 from longnet_kit.errors import UserError
@@ -149,7 +149,7 @@ class SequenceParallel(Strategy):
         """Say which rank ends, and see to it that none of those that this job started stays behind."""
         super().on_exception(exception)
         if isinstance(exception, Exception) and not isinstance(exception, (UserError, *self.told_elsewhere)):
-            print(self._last_words(exception), file=sys.stderr, flush=True)
+            terminal.tell(self._last_words(exception))
         for process in getattr(self.launcher, "procs", ()):
             try:
                 process.wait(_GRACE)
@@ -229,9 +229,7 @@ def _end_launcher(pid: int) -> None:
     while os.getppid() == pid and time.monotonic() < deadline:
         time.sleep(0.1)
     if os.getppid() == pid:
-        print(
-            f"longnet_kit: the first rank (process {pid}) does not end by itself: killed", file=sys.stderr, flush=True
-        )
+        terminal.tell(f"longnet_kit: the first rank (process {pid}) does not end by itself: killed")
         os.kill(pid, signal.SIGKILL)
 
 

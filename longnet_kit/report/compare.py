@@ -79,7 +79,7 @@ def compare(
     said = {row.label: [*row.run.notes(), *([undrawn[row.label]] if row.label in undrawn else [])] for row in rows}
     notes = [f"{label}: {'; '.join(words)}" for label, words in said.items() if words] + remarks
     if markdown:
-        blocks = [table.markdown(made), "\n".join(f"- {line}" for line in notes + done)]
+        blocks = [table.markdown(made), "\n".join(f"- {table.as_markdown(line)}" for line in notes + done)]
     else:
         blocks = [table.text(made, _width()), "\n".join(notes), "\n".join(done)]
     return "\n\n".join(block for block in blocks if block)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from longnet_kit import typed
 from longnet_kit.errors import UserError
-from longnet_kit.report import table
+from longnet_kit.report import figures, table
 from longnet_kit.report.history import History
 from longnet_kit.report.metrics_file import Series
 
@@ -162,7 +162,7 @@ def figure(drawn: Sequence[tuple[str, Mapping[str, Points]]], tags: Sequence[str
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    names = [name for name, _ in drawn]
+    names = [figures.as_label(name) for name, _ in drawn]
     is_few = len(drawn) <= _FEW
     palette = colormaps["tab10"](np.arange(_FEW)) if is_few else colormaps["viridis"](np.linspace(0, 0.93, len(drawn)))
     across = len(tags) if len(tags) <= 3 else 2

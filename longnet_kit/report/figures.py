@@ -11,10 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from longnet_kit import terminal
 from longnet_kit.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def as_label(text: str) -> str:
+    """Escape text that a figure shows: a dollar sign begins no formula."""
+    return terminal.printable(text, keep="").replace("$", r"\$")
 
 
 def loss_by_position(losses: NDArray[np.floating], bins_per_octave: int = 2, positions_per_loss: int = 1) -> Figure:
@@ -72,8 +78,9 @@ def confusion(counts: NDArray[np.integer], classes: Sequence[str]) -> Figure:
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.add_subplot(xlabel="given class", ylabel="right class")
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    axes.set_xticks(range(len(classes)), classes, rotation=90)
-    axes.set_yticks(range(len(classes)), [f"{name} ({n:,})" for name, n in zip(classes, counts.sum(1), strict=True)])
+    names = [as_label(name) for name in classes]
+    axes.set_xticks(range(len(classes)), names, rotation=90)
+    axes.set_yticks(range(len(classes)), [f"{name} ({n:,})" for name, n in zip(names, counts.sum(1), strict=True)])
     figure.colorbar(image, ax=axes, label="share of the right class's sequences")
     return figure
 

@@ -19,8 +19,8 @@ def expand(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The run directories that paths mean, each once, and the folders that have none.
 
     Args:
-        paths: run directories; runs/<name> for the newest version; folders with runs further down, for all of them;
-            glob patterns. Without any, everything under runs/.
+        paths: run directories; runs/<name> for its newest finished version; folders with runs further down, for all
+            of them; glob patterns. Without any, everything under runs/.
 
     Returns:
         Run directories, in the order of the arguments, and sentences on what was passed over.

@@ -5,15 +5,20 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longnet_kit import terminal
 from longnet_kit.errors import UserError
 
 DASH = "-"
 _GAP = "  "
+_MARKDOWN = str.maketrans({
+    "&": "&amp;", "<": "&lt;", ">": "&gt;", "\\": "&#92;", "`": "&#96;", "|": "\\|", "*": "&#42;", "~": "&#126;",
+})  # fmt: skip
 
 
 @dataclass
@@ -38,9 +43,23 @@ def text(columns: Sequence[Column], width: int | None = None) -> str:
 
 def markdown(columns: Sequence[Column]) -> str:
     """A table as GitHub renders it."""
-    rows = [[column.title for column in columns], ["--:" if column.is_right else "---" for column in columns]]
-    rows += [list(row) for row in zip(*(column.texts for column in columns), strict=True)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    rows = [
+        [as_markdown(column.title) for column in columns],
+        ["--:" if column.is_right else "---" for column in columns],
+    ]
+    rows += [[as_markdown(cell) for cell in row] for row in zip(*(column.texts for column in columns), strict=True)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def as_markdown(text: str) -> str:
+    """Escape text so that Markdown shows it as it is, on one line: no HTML, links, code or other cells of a table."""
+    return re.sub(r"\](?=[(\[])", "&#93;", terminal.printable(text, keep="").translate(_MARKDOWN))
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Text as a block of code in Markdown, its fence longer than any in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def check_place(option: str, path: Path) -> None:
@@ -53,7 +72,7 @@ def check_place(option: str, path: Path) -> None:
 def write_csv(columns: Sequence[Column], path: Path) -> None:
     """Write the values in full under their full names; UserError where that cannot be."""
     try:
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([column.name for column in columns])
             writer.writerows(zip(*(column.values for column in columns), strict=True))
@@ -87,7 +106,7 @@ def duration(seconds: float) -> str:
 
 
 def _padded(column: Column) -> list[str]:
-    cells = [column.title, *column.texts]
+    cells = [terminal.printable(cell, keep="") for cell in (column.title, *column.texts)]
     width = max(map(len, cells))
     return [cell.rjust(width) if column.is_right else cell.ljust(width) for cell in cells]
 

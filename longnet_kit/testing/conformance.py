@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longnet_kit import attention
+from longnet_kit import attention, terminal
 from longnet_kit.attention.backend import AttentionBackend
 from longnet_kit.errors import UserError
 from longnet_kit.testing import claims
@@ -88,10 +88,10 @@ def main_check(name: str, options: Mapping[str, Any]) -> int:
         raise UserError(f"check-backend {name}: {error}") from error
     checks = run_checks(backend)
     for check in checks:
-        print(check)
+        terminal.say(str(check))
     failed = sum(check.passed is False for check in checks)
     unchecked = sum(check.passed is None for check in checks)
-    print(f"{name}: {len(checks) - failed - unchecked} claims hold, {failed} broken, {unchecked} not checked")
+    terminal.say(f"{name}: {len(checks) - failed - unchecked} claims hold, {failed} broken, {unchecked} not checked")
     return 1 if failed or unchecked == len(checks) else 0
 
 

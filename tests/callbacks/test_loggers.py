@@ -283,6 +283,16 @@ def test_the_seconds_of_a_run_hold_its_last_validation(tmp_path: Path) -> None:
     assert seconds[3] < 0.5 and seconds[4] > 1.0
 
 
+def test_texts_and_hyper_parameters_of_a_recipe_are_escaped(tmp_path: Path) -> None:
+    board = Board(tmp_path / "a" / "version_0")
+    board.describe({"description": "a\x1b[2J", "data": {"paths": ["b\x9b"]}}, "a: |\n```\n<img src=x>\n```\n")
+    board.finalize("success")
+    events = EventAccumulator(board.log_dir).Reload()
+    (text,) = events.Tensors("recipe/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == "````yaml\na: |\n```\n<img src=x>\n```\n````"
+    assert flatten({"a": "a\x1b[2J", "b": ["\x9b", 1]}) == {"a": r"a\u001b[2J", "b": r"\u009b, 1"}
+
+
 def test_nested_values_get_dotted_names() -> None:
     nested = {"a": {"b": {"c": 1.5}, "d": [1, 2]}, "e": None, "f": True, "g": {}}
     assert flatten(nested) == {"a.b.c": 1.5, "a.d": "1, 2", "e": "None", "f": True}

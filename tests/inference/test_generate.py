@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from longnet_kit import cli
+from longnet_kit import cli, terminal
 from longnet_kit.inference import network
 from longnet_kit.inference.generate import generate
 from longnet_kit.inference.network import Trained
@@ -115,7 +115,8 @@ def test_the_same_seed_gives_the_same_text_from_run_and_exported_file(capfd: pyt
     assert run(capfd, "runs/tiny", *arguments, "--seed", "4")[1] not in texts
     code, out, err = run(capfd, "runs/tiny", *arguments, "--seed", "3", "--echo")
     assert code == 0 and out == f"0.5 is{texts.pop()}"
-    assert re.fullmatch(r"\d+ tokens after 6 of prompts in [\d.]+ s\n", err)
+    reads = r"reads runs/tiny/version_0/checkpoints/step_00000004\.ckpt\n"
+    assert re.fullmatch(rf"{reads}\d+ tokens after 6 of prompts in [\d.]+ s\n", err)
 
 
 def test_several_prompts_and_samples_come_in_order(capfd: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +167,29 @@ def test_on_a_terminal_the_bar_leaves_standard_output_alone() -> None:
     assert shown.stdout == told.stdout and shown.stdout.startswith(b"--- 1 of 2 ---\n")
     assert b"of 9,000 tokens" in os.read(ours, 1 << 20)
     os.close(ours)
+
+
+def test_prompts_and_texts_do_not_act_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [
+        "generate",
+        "runs/tiny",
+        "--prompt",
+        "a\x1b[2J\n\tb",
+        "--echo",
+        "--seed",
+        "3",
+        "--max-new-tokens",
+        "99",
+    ]
+    assert cli.main(arguments) == 0
+    plain = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert plain.startswith("a\x1b[2J\n\tb") and shown.startswith("a\\u001b[2J\n\tb")
+    assert shown == terminal.printable(plain)
 
 
 def test_text_that_the_output_cannot_hold_is_replaced() -> None:

@@ -33,7 +33,15 @@ def wait_for_points(directory: str, count: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.soak),
+        (signal.SIGKILL, -9),
+    ],
+)
 def test_signals_end_it_and_the_same_command_goes_on(
     number: int, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

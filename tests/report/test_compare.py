@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import markdown
 import numpy as np
 import pytest
 from hypothesis import given
@@ -171,6 +174,41 @@ def test_the_file_has_full_names_and_values() -> None:
     assert float(first["train/peak_memory"]) == 2.5e9 and float(first["train/seconds"]) == 5400
     with pytest.raises(ValueError, match="no/table.csv: cannot be written"):
         compare([], csv=Path("no/table.csv"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<img src=x onerror=y>",
+        "a|b",
+        r"a\|b",
+        "`a`",
+        "![a](http://x/y.png)",
+        "[a][b]",
+        "*a*",
+        "~~a~~",
+        "&lt;",
+        "a_b [8, 32]",
+    ],
+)
+def test_markdown_shows_a_cell_as_it_is(text: str) -> None:
+    column = Column("run", "run", [text], [text], is_right=False)
+    page = markdown.markdown(table.markdown([column, column]), extensions=["tables"])
+    cells = re.findall("<td>(.*?)</td>", page)
+    assert len(cells) == 2 and {html.unescape(cell) for cell in cells} == {text}
+    assert re.search("<(img|a|em|code|del)", page) is None
+
+
+def test_a_cell_stays_on_its_line_in_text_and_in_markdown() -> None:
+    column = Column("run", "run", ["x"], ["a\nb\x1b[2J"], is_right=False)
+    assert table.text([column]) == "run\n" + r"a\u000ab\u001b[2J"
+    assert table.markdown([column]).splitlines()[2:] == ["| a&#92;u000ab&#92;u001b[2J |"]
+
+
+def test_a_fence_is_longer_than_those_in_its_text() -> None:
+    text = "a\n```\n<img src=x>\n`````\nb"
+    page = markdown.markdown(table.fenced(text, "yaml"), extensions=["fenced_code"])
+    assert page.startswith("<pre>") and "<img" not in page and html.unescape(page).count(text) == 1
 
 
 def test_markdown_is_one_table_and_a_list() -> None:

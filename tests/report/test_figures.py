@@ -57,6 +57,12 @@ def test_the_perplexity_of_each_context_stands_at_its_length() -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == ["256", "512", "1,024"]
 
 
+def test_a_dollar_in_a_name_begins_no_formula() -> None:
+    figure = figures.confusion(np.eye(2, dtype=int), [r"$\nothing$", "a$"])
+    figures.pixels(figure)  # which would read the formula
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [r"\$\nothing\$", r"a\$"]
+
+
 def test_each_layers_shares_stand_in_its_bar_under_their_branch() -> None:
     shares = np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
     figure = figures.branch_weights(shares, [(4, 1), (8, 2), (2048, 4)])
