@@ -88,7 +88,10 @@ def _read_exported(path: Path) -> dict[str, Any]:
         metadata = file.metadata() or {}
     expected = metadata.pop(DIGEST, None)
     if expected is not None and expected != digest(tensors, metadata):
-        raise UserError(f"its content is not what its {DIGEST} was written for")
+        raise UserError(
+            f"its content is not what the {DIGEST} in its metadata was written for; if you changed it, save it without "
+            "that key"
+        )
     return {"state_dict": {f"model.{name}": x for name, x in tensors.items()}}
 
 
