@@ -198,7 +198,7 @@ def test_a_plan_that_fails_leaves_the_advice(no_plan: None, monkeypatch: pytest.
     assert "strategy.name=fsdp" not in ways(out_of_memory.advice(divided, ON_CUDA, 3))
     shared = out_of_memory.advice(load(name="parallel/quickstart"), ON_CUDA, 3)
     assert not any("strategy.name=fsdp" in items for items in ways(shared)), "it would not keep the global batch"
-    monkeypatch.setattr(recipe, "load_saved", None)
+    monkeypatch.setattr(recipe, "load", None)
     assert out_of_memory.advice(r, ON_CPU, 3).splitlines()[1:] == [out_of_memory.NOTHING]
 
 
