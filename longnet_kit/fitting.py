@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -149,7 +150,7 @@ def _prepare(r: Recipe, trainer: Trainer, place: resume.Place) -> tuple[int, dic
         trainer.strategy.explain = lambda error: _explained(r, error, trainer)
     saving = trainer.checkpoint_callback
     assert isinstance(saving, callbacks.Saving)
-    saving.begin(directory / runs.CHECKPOINTS, validated)
+    saving.begin(directory / runs.CHECKPOINTS, validated, last_values.values)
     return first_step, validated, last_values
 
 
@@ -169,7 +170,9 @@ def _writing_to(directory: Path) -> Iterator[None]:
 
 
 def _validations(rows: Rows) -> dict[int, float]:
-    return {int(row["step"]): float(row[callbacks.MONITORED]) for row in rows if callbacks.MONITORED in row}
+    """`val/loss` by the step of every validation; NaN where it was not measured."""
+    validations = (row for row in rows if any(tag.startswith("val/") for tag in row))
+    return {int(row["step"]): float(row.get(callbacks.MONITORED, math.nan)) for row in validations}
 
 
 def _loggers(r: Recipe, directory: Path, earlier: Rows, purge_step: int | None) -> list[Logger]:
