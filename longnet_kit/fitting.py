@@ -21,6 +21,7 @@ from longnet_kit import callbacks, checkpoint_io, durable, out_of_memory, recipe
 from longnet_kit.errors import UserError
 from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
+from longnet_kit.tasks.scalars import due
 from longnet_kit.trainers import lightning_errors, progress, say, si
 
 Rows = list[dict[str, str]]
@@ -135,14 +136,16 @@ def _prepare(r: Recipe, trainer: Trainer, place: resume.Place) -> tuple[int, dic
     directory, ckpt = place.directory, place.ckpt
     assert directory is not None
     first_step, earlier = 0, []
+    is_fork = ckpt is not None and runs.of_checkpoint(ckpt) != directory
     if ckpt is not None:
         first_step = int(torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"])
         if trainer.is_global_zero:
-            earlier = runs.metrics_until(runs.of_checkpoint(ckpt), first_step)
+            earlier = runs.rows_until(runs.of_checkpoint(ckpt) / runs.METRICS, first_step, None if is_fork else _note)
     validated: dict[int, float] = trainer.strategy.broadcast(_validations(earlier))
-    is_fork = ckpt is not None and runs.of_checkpoint(ckpt) != directory
     if is_fork:
         earlier = []  # they are those of the run that it comes from
+    elif trainer.is_global_zero and (lost := _lost(earlier, first_step, trainer)):
+        _note(f"{directory / runs.METRICS} has no rows of {len(lost)} steps from {lost[0]} to {lost[-1]}")
     last_values = callbacks.LastValues(earlier)
     with _writing_to(directory):
         trainer.loggers = [*_loggers(r, directory, earlier, None if place.is_new else first_step + 1), last_values]
@@ -152,6 +155,17 @@ def _prepare(r: Recipe, trainer: Trainer, place: resume.Place) -> tuple[int, dic
     assert isinstance(saving, callbacks.Saving)
     saving.begin(directory / runs.CHECKPOINTS, validated, last_values.values)
     return first_step, validated, last_values
+
+
+def _lost(rows: Rows, last_step: int, trainer: Trainer) -> list[int]:
+    """The steps up to the last that must have a row and have none; a fork's begin with its first row."""
+    found = {int(row["step"]) for row in rows}
+    wanted = range(min(found, default=1), last_step + 1)
+    return [step for step in wanted if due(trainer, step) and step not in found]
+
+
+def _note(text: str) -> None:
+    say(f"note: {text}")
 
 
 def _explained(r: Recipe, error: BaseException, trainer: Trainer) -> str:
@@ -182,11 +196,11 @@ def _loggers(r: Recipe, directory: Path, earlier: Rows, purge_step: int | None) 
         earlier: the rows of metrics.csv up to there.
         purge_step: the first step that TensorBoard is to forget; None for none.
     """
-    board = callbacks.Board(directory, purge_step)
+    board = callbacks.Board(directory, purge_step, callbacks.points(earlier))
     table = callbacks.MetricsTable(directory / runs.METRICS, earlier)
     if rank_zero_only.rank == 0:
         board.describe(recipe.to_dict(r), recipe.dumps(r))
-        callbacks.draw_again(board, earlier)
+        board.save()
     return [board, table]
 
 

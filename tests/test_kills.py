@@ -35,16 +35,18 @@ class Moment(NamedTuple):
     is_after: bool
 
 
+PLACES = [(SAVE, False), (SAVE, True), (MEASURE, True), (END, False), (END, True)]
+
+
 class Killed(BaseException):
     """Ends a run in this process; what it does to the run directory is undone."""
 
 
 MOMENTS = [
     *(Moment(step, SAVE, is_after) for step in (1, 2, 4) for is_after in (False, True)),  # 2, 4: saved
-    *(Moment(step, hook, is_after)  # 3, 6, 8: validated; 6, 8: saved before
-      for step in (3, 6, 8) for hook, is_after in ((SAVE, False), (SAVE, True), (MEASURE, True), (END, False), (END, True))),
+    *(Moment(step, *place) for step in (3, 6, 8) for place in PLACES),  # validated; 6, 8: saved before
     Moment(7, SAVE, True),
-]  # fmt: skip
+]
 MOMENTS.sort(key=lambda moment: moment.step)  # now in the order of a run
 
 

@@ -72,7 +72,7 @@ class Saving(Checkpoint):
 
         Args:
             folder: the folder of checkpoints.
-            validated: `val/loss` by step, for every validation that metrics.csv of a resumed run holds; NaN without one.
+            validated: `val/loss` by step, for every validation in the metrics.csv of a resumed run.
             scalars: the last value of every scalar, kept up to date by a logger on every rank.
         """
         self.folder, self._validated, self._scalars = folder, {**validated}, scalars

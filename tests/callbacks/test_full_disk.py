@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,6 +133,22 @@ def test_events_wait_for_room(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     logger.save()
     assert points(run) == {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0} and sorted(run.iterdir()) == files
     logger.finalize("success")
+
+
+def test_earlier_points_that_are_missing_are_drawn_once_and_in_order(run: Path) -> None:
+    logger = Board(run)
+    for step in (1, 2, 4, 5, 6):
+        logger.log_metrics({"loss": float(step)}, step)
+        logger.save()
+    logger.finalize("success")
+    whole = [board.Point("loss", step, float(step)) for step in range(1, 6)]
+    for _ in range(2):  # the second finds nothing missing
+        logger = Board(run, 6, whole)
+        logger.save()
+        logger.finalize("success")
+        events = EventAccumulator(str(run)).Reload().Scalars("loss")
+        assert [(event.step, event.value) for event in events] == [(x.step, x.value) for x in whole]
+        time.sleep(1)  # the names of event files have a resolution of a second
 
 
 def test_events_go_on_in_another_file_where_writing_has_failed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
