@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 import re
@@ -206,6 +207,7 @@ def _first_missing(directory: Path, points: Sequence[Point], end: int) -> int:
     """The first step before the end at which the event files of a run lack a point; the end where they lack none."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # else it warns of every earlier resume
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
     drawn = {(tag, event.step) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
     return min((x.step for x in points if x.step < end and (x.tag, x.step) not in drawn), default=end)
