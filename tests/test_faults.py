@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -299,6 +300,18 @@ def test_interrupted_saves_leave_a_checkpoint_that_loads() -> None:
 def test_killed_runs_go_on_as_if_nothing_had_been(workers: str, more: list[str], count: int) -> None:
     told = tool("soak_kills.py", "--kills", "2", "--saves", "1", "--workers", workers, "--seed", workers, *more)
     assert f"{count} of {count} are bit-identical to the undisturbed one" in told
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
+@pytest.mark.parametrize("accumulate", ["1", "3"])
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_sixty_kills_in_chains_of_three_leave_no_trace(workers: str, accumulate: str) -> None:
+    """Fifteen of them with each of these settings."""
+    numbers = {"--kills": "15", "--chain": "3", "--saves": "2", "--workers": workers, "--accumulate": accumulate}
+    *_, last = tool("soak_kills.py", *itertools.chain(*numbers.items())).splitlines()
+    assert re.fullmatch(r"(\d+) of \1 are bit-identical to the undisturbed one, after 15 kills", last), last
 
 
 def test_a_directory_that_cannot_be_written_is_the_users_error(
