@@ -140,7 +140,9 @@ def _prepare(r: Recipe, trainer: Trainer, place: resume.Place) -> tuple[int, dic
     if ckpt is not None:
         first_step = int(torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"])
         if trainer.is_global_zero:
-            earlier = runs.rows_until(runs.of_checkpoint(ckpt) / runs.METRICS, first_step, None if is_fork else _note)
+            table = runs.of_checkpoint(ckpt) / runs.METRICS
+            with _writing_to(directory):
+                earlier = runs.rows_until(table, first_step, None if is_fork else _note)
     validated: dict[int, float] = trainer.strategy.broadcast(_validations(earlier))
     if is_fork:
         earlier = []  # they are those of the run that it comes from

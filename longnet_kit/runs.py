@@ -144,12 +144,12 @@ def metrics_until(run: Path, step: int) -> list[dict[str, str]]:
     return rows_until(run / METRICS, step)
 
 
-def rows_until(path: Path, step: int, tell: Callable[[str], None] | None = None) -> list[dict[str, str]]:
+def rows_until(path: Path, step: float, tell: Callable[[str], None] | None = None) -> list[dict[str, str]]:
     """The rows of a table up to and including a step, without their empty cells; none where it is not there.
 
     Args:
         path: the table.
-        step: the last step.
+        step: the last step; infinity for all rows.
         tell: called with a note on lines that cannot be read. Pass it before the table is replaced by its rows: the
             damaged file is then copied to `<name>.damaged`.
     """
