@@ -147,7 +147,8 @@ def _prepare(r: Recipe, trainer: Trainer, place: resume.Place) -> tuple[int, dic
     if is_fork:
         earlier = []  # they are those of the run that it comes from
     elif trainer.is_global_zero and (lost := _lost(earlier, first_step, trainer)):
-        _note(f"{directory / runs.METRICS} has no rows of {len(lost)} steps from {lost[0]} to {lost[-1]}")
+        which = f"of {len(lost)} steps from {lost[0]} to {lost[-1]}" if earlier else f"up to step {first_step}"
+        _note(f"{directory / runs.METRICS} has no rows {which}")
     last_values = callbacks.LastValues(earlier)
     with _writing_to(directory):
         trainer.loggers = [*_loggers(r, directory, earlier, None if place.is_new else first_step + 1), last_values]

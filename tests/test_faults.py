@@ -244,6 +244,9 @@ def test_lines_of_a_damaged_table_are_named_when_a_run_is_resumed(capsys: pytest
     assert told[1].endswith("has no rows of 2 steps from 4 to 5")
     assert table.with_name("metrics.csv.damaged").read_bytes() == damaged
     assert {int(row["step"]) for row in runs.metrics_until(run, 99)} == {1, 2, 3, 6, 7, 8}
+    table.write_bytes(b"")
+    experiment.run(load("resume=auto", "trainer.max_steps=9"))
+    assert f"note: {table} has no rows up to step 8\n" in capsys.readouterr().out
 
 
 def test_points_that_a_full_disk_has_kept_from_tensorboard_are_drawn_on_resume(

@@ -95,7 +95,7 @@ class Metrics:
             self.series(tag)  # which notes the cells that cannot be read
         for section in self._sections:
             rows = [{STEP: str(int(at))} for at in section.steps.tolist()]
-            for tag in section.columns.keys() - {STEP}:
+            for tag in [tag for tag in section.columns if tag != STEP]:
                 cells = self._slices(*self._cells(section.lines, section.columns[tag]))
                 for row, cell in zip(rows, cells, strict=True):
                     if cell and _number(cell) is not None:
