@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -20,6 +21,7 @@ from longnet_kit import callbacks, checkpoint_io, durable, out_of_memory, recipe
 from longnet_kit.errors import UserError
 from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
+from longnet_kit.tasks.scalars import due
 from longnet_kit.trainers import lightning_errors, progress, say, si
 
 Rows = list[dict[str, str]]
@@ -141,14 +143,19 @@ def _prepare(r: Recipe, trainer: Trainer, place: resume.Place) -> tuple[int, dic
     directory, ckpt = place.directory, place.ckpt
     assert directory is not None
     first_step, earlier = 0, []
+    is_fork = ckpt is not None and runs.of_checkpoint(ckpt) != directory
     if ckpt is not None:
         first_step = int(torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"])
         if trainer.is_global_zero:
-            earlier = runs.metrics_until(runs.of_checkpoint(ckpt), first_step)
+            table = runs.of_checkpoint(ckpt) / runs.METRICS
+            with _writing_to(directory):
+                earlier = runs.rows_until(table, first_step, None if is_fork else _note)
     validated: dict[int, float] = trainer.strategy.broadcast(_validations(earlier))
-    is_fork = ckpt is not None and runs.of_checkpoint(ckpt) != directory
     if is_fork:
         earlier = []  # they are those of the run that it comes from
+    elif trainer.is_global_zero and (lost := _lost(earlier, first_step, trainer)):
+        which = f"of {len(lost)} steps from {lost[0]} to {lost[-1]}" if earlier else f"up to step {first_step}"
+        _note(f"{directory / runs.METRICS} has no rows {which}")
     last_values = callbacks.LastValues(earlier)
     with _writing_to(directory):
         trainer.loggers = [*_loggers(r, directory, earlier, None if place.is_new else first_step + 1), last_values]
@@ -156,7 +163,7 @@ def _prepare(r: Recipe, trainer: Trainer, place: resume.Place) -> tuple[int, dic
         trainer.strategy.explain = lambda error: _explained(r, error, trainer)
     saving = trainer.checkpoint_callback
     assert isinstance(saving, callbacks.Saving)
-    saving.begin(directory / runs.CHECKPOINTS, validated)
+    saving.begin(directory / runs.CHECKPOINTS, validated, last_values.values)
     return first_step, validated, last_values
 
 
@@ -167,6 +174,17 @@ def _beginning(r: Recipe, place: resume.Place, first_step: int) -> str:
     if not place.is_new:
         return "; starts from scratch, since no checkpoint was saved there"
     return "; starts from scratch, since there is no run of this name yet" if r.resume == "auto" else ""
+
+
+def _lost(rows: Rows, last_step: int, trainer: Trainer) -> list[int]:
+    """The steps up to the last that must have a row and have none; a fork's begin with its first row."""
+    found = {int(row["step"]) for row in rows}
+    wanted = range(min(found, default=1), last_step + 1)
+    return [step for step in wanted if due(trainer, step) and step not in found]
+
+
+def _note(text: str) -> None:
+    say(f"note: {text}")
 
 
 def _explained(r: Recipe, error: BaseException, trainer: Trainer) -> str:
@@ -185,7 +203,9 @@ def _writing_to(directory: Path) -> Iterator[None]:
 
 
 def _validations(rows: Rows) -> dict[int, float]:
-    return {int(row["step"]): float(row[callbacks.MONITORED]) for row in rows if callbacks.MONITORED in row}
+    """`val/loss` by the step of every validation; NaN where it was not measured."""
+    validations = (row for row in rows if any(tag.startswith("val/") for tag in row))
+    return {int(row["step"]): float(row.get(callbacks.MONITORED, math.nan)) for row in validations}
 
 
 def _loggers(r: Recipe, directory: Path, earlier: Rows, purge_step: int | None) -> list[Logger]:
@@ -195,11 +215,11 @@ def _loggers(r: Recipe, directory: Path, earlier: Rows, purge_step: int | None) 
         earlier: the rows of metrics.csv up to there.
         purge_step: the first step that TensorBoard is to forget; None for none.
     """
-    board = callbacks.Board(directory, purge_step)
+    board = callbacks.Board(directory, purge_step, callbacks.points(earlier))
     table = callbacks.MetricsTable(directory / runs.METRICS, earlier)
     if rank_zero_only.rank == 0:
         board.describe(recipe.to_dict(r), recipe.dumps(r))
-        callbacks.draw_again(board, earlier)
+        board.save()
     return [board, table]
 
 

@@ -5,7 +5,6 @@ A run directory holds recipe.yaml, TensorBoard events, metrics.csv, checkpoints/
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -200,17 +199,26 @@ def metrics_until(run: Path, step: int) -> list[dict[str, str]]:
     return rows_until(run / METRICS, step)
 
 
-def rows_until(path: Path, step: int) -> list[dict[str, str]]:
+def rows_until(path: Path, step: float, tell: Callable[[str], None] | None = None) -> list[dict[str, str]]:
     """The rows of a table up to and including a step, without their empty cells; none where it is not there.
 
-    A last line that a kill has cut off is left out.
+    Args:
+        path: the table.
+        step: the last step; infinity for all rows.
+        tell: called with a note on lines that cannot be read. Pass it before the table is replaced by its rows: the
+            damaged file is then copied to `<name>.damaged`.
     """
+    from longnet_kit.report.metrics_file import Metrics
+
     if not path.is_file():
         return []
-    text = path.read_bytes().decode(errors="replace")
-    whole = text[: text.rfind("\n") + 1]
-    rows = [{tag: value for tag, value in row.items() if tag and value} for row in csv.DictReader(whole.splitlines())]
-    return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) <= step]
+    metrics = Metrics(path.read_bytes())
+    rows = metrics.rows_until(step)
+    if metrics.problems and tell is not None:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.copy2(path, aside)
+        tell(f"{path} is damaged and loses what cannot be read: {'; '.join(metrics.problems)}. A copy is {aside.name}")
+    return rows
 
 
 def _status(run: Path) -> str:

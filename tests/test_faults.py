@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from longnet_kit import checkpoint_io, cli, data, experiment, recipe, resume, runs
-from longnet_kit.callbacks import MetricsTable
+from longnet_kit.callbacks import Board, MetricsTable
 from longnet_kit.data import cache
 
 ROOT = Path(__file__).parents[1]
@@ -220,6 +223,57 @@ def test_a_kill_right_after_a_run_was_taken_up_loses_none_of_its_rows() -> None:
     assert runs.metrics_until(run, 100) == [row for row in before if int(row["step"]) <= 4]
 
 
+def test_lines_of_a_damaged_table_are_named_when_a_run_is_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+    run = experiment.run(load())
+    table = run / runs.METRICS
+    lines = table.read_bytes().splitlines(keepends=True)
+    of_step = {step: [i for i, line in enumerate(lines) if line.startswith(b"%d," % step)] for step in range(1, 7)}
+    lines[of_step[2][0]] = b"2,1.5\n"
+    lines[of_step[3][0]] = b"3,one" + lines[of_step[3][0]][lines[of_step[3][0]].index(b",", 2) :]
+    del lines[of_step[4][0] : of_step[5][-1] + 1]
+    lines[-1] = lines[-1][:-3]
+    damaged = b"".join(lines)
+    table.write_bytes(damaged)
+    capsys.readouterr()
+    experiment.run(load("resume=auto", "trainer.max_steps=8"))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert len(told) == 2 and all(str(table) in line for line in told)
+    assert f"line {of_step[2][0] + 1} has 2 cells, not" in told[0]
+    assert f"line {of_step[3][0] + 1} epoch" in told[0] or f"line {of_step[3][0] + 1} train/" in told[0]
+    assert f"line {len(lines)} is cut off" in told[0] and "metrics.csv.damaged" in told[0]
+    assert told[1].endswith("has no rows of 2 steps from 4 to 5")
+    assert table.with_name("metrics.csv.damaged").read_bytes() == damaged
+    assert {int(row["step"]) for row in runs.metrics_until(run, 99)} == {1, 2, 3, 6, 7, 8}
+    table.write_bytes(b"")
+    experiment.run(load("resume=auto", "trainer.max_steps=9"))
+    assert f"note: {table} has no rows up to step 8\n" in capsys.readouterr().out
+
+
+def test_points_that_a_full_disk_has_kept_from_tensorboard_are_drawn_on_resume(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each once, in order, with the curves against tokens."""
+    asked = itertools.count()
+    with monkeypatch.context() as patched:
+        patched.setattr(Board, "is_writable", lambda _: next(asked) < 12)
+        run = experiment.run(load())
+    assert 0 < len(drawn(run)["train/loss"]) < 6
+    experiment.run(load("resume=auto", "trainer.max_steps=8"))
+    rows = runs.metrics_until(run, 99)
+    for tag, curve in drawn(run).items():
+        if not tag.startswith("vs_tokens/"):
+            written = {int(row["step"]): float(row[tag]) for row in rows if tag in row}
+            assert dict(curve) == pytest.approx(written) and len(curve) == len(written), tag
+    assert [step for step, _ in drawn(run)["train/loss"]] == [*range(1, 9)]
+    assert [step for step, _ in drawn(run)["vs_tokens/train/loss"]] == [64 * step for step in range(1, 9)]
+
+
+def drawn(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: steps and values by tag."""
+    board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
 def test_nothing_of_a_cut_off_save_stays() -> None:
     run = experiment.run(load())
     folder = run / runs.CHECKPOINTS
@@ -251,6 +305,18 @@ def test_interrupted_saves_leave_a_checkpoint_that_loads() -> None:
 def test_killed_runs_go_on_as_if_nothing_had_been(workers: str, more: list[str], count: int) -> None:
     told = tool("soak_kills.py", "--kills", "2", "--saves", "1", "--workers", workers, "--seed", workers, *more)
     assert f"{count} of {count} are bit-identical to the undisturbed one" in told
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
+@pytest.mark.parametrize("accumulate", ["1", "3"])
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_sixty_kills_in_chains_of_three_leave_no_trace(workers: str, accumulate: str) -> None:
+    """Fifteen of them with each of these settings."""
+    numbers = {"--kills": "15", "--chain": "3", "--saves": "2", "--workers": workers, "--accumulate": accumulate}
+    *_, last = tool("soak_kills.py", *itertools.chain(*numbers.items())).splitlines()
+    assert re.fullmatch(r"(\d+) of \1 are bit-identical to the undisturbed one, after 15 kills", last), last
 
 
 def test_a_directory_that_cannot_be_written_is_the_users_error(

@@ -1,8 +1,8 @@
-"""Kill trainings with SIGKILL at random moments, some in the middle of a save, let them go on, and hold each against
-one that nothing disturbed: losses and samples of every step, weights, optimizer, schedule, generators, bit for bit;
-and the curves in metrics.csv and TensorBoard, point for point.
+"""Kill trainings with SIGKILL at random moments, some in the middle of a save, resume each, kill it again, and compare
+it in the end with one that nothing disturbed: losses and samples of every step, weights, optimizer, schedule,
+generators, Lightning's loops, bit for bit; every row of metrics.csv, the best checkpoint, TensorBoard's curves.
 
-    .venv/bin/python tools/soak_kills.py --kills 20 --saves 5 --workers 4
+    .venv/bin/python tools/soak_kills.py --kills 20 --chain 3 --saves 5 --workers 2 --accumulate 3
 
 It needs a system with fork: the processes to kill are made from one that has imported everything.
 """
@@ -33,12 +33,16 @@ model: {dim: 32, layers: 2, heads: 2, ffn_dim: 64, dropout: 0.1,
         attention: {backend: dilated, segment_lengths: [16, 64], dilation_rates: [1, 2]}}
 data: {source: files, paths: [text.txt], tokenizer: bytes, seq_len: 64, batch_size: 2, eval_contexts: [16, 64]}
 optimizer: {lr: 3.0e-3, warmup_steps: 5}
-trainer: {max_steps: 40, accumulate_grad_batches: 2, limit_val_batches: 4, val_check_interval: 14, accelerator: cpu,
+trainer: {limit_val_batches: 4, accelerator: cpu,
           log_every_n_steps: 1, num_sanity_val_steps: 0, enable_progress_bar: false}
 checkpoint: {every_n_steps: 4, keep: 2}
 """
 TIMED = {"train/seconds", "train/tokens_per_second", "train/mfu", "train/peak_memory"}
-STATES = ("state_dict", "optimizer_states", "lr_schedulers", "generators", "LanguageModelingData", "global_step")
+STEPS, VALIDATED = 40, 7
+"""The optimizer steps of a training, and those from one validation to the next."""
+STATES = (
+    "state_dict", "optimizer_states", "lr_schedulers", "generators", "LanguageModelingData", "global_step", "loops"
+)  # fmt: skip
 TRACE = "trace.txt"
 LAST = [
     (callbacks.Saving, "on_train_batch_end", True),
@@ -53,61 +57,97 @@ LAST = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=20, help="how many trainings are killed")
-    parser.add_argument("--saves", type=int, default=5, help="how many of them in the middle of a save")
+    parser.add_argument("--kills", type=int, default=20, help="how often trainings are killed")
+    parser.add_argument("--chain", type=int, default=1, help="how often each training is killed")
+    parser.add_argument("--saves", type=int, default=5, help="how many of the kills come in the middle of a save")
     parser.add_argument("--workers", type=int, default=0, help="data loader processes of each training")
+    parser.add_argument("--accumulate", type=int, default=2, help="batches of an optimizer step")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--last-step", action="store_true", help="kill others at chosen moments after the last update")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        moments = random.Random(arguments.seed)
-        return soak(arguments.kills, arguments.saves, arguments.workers, moments, arguments.last_step)
+        return Soak(arguments.workers, arguments.accumulate, random.Random(arguments.seed)).run(
+            arguments.kills, arguments.chain, arguments.saves, arguments.last_step
+        )
 
 
-def soak(kills: int, saves: int, workers: int, moments: random.Random, last_step: bool = False) -> int:
-    """Kill, resume and compare; returns how many trainings differed."""
-    lay()
-    began = time.monotonic()
-    assert ended(train("whole", workers)) == 0, Path("whole.log").read_text()
-    seconds = time.monotonic() - began
-    whole = outcome("whole")
-    print(f"{workers} workers, undisturbed: {seconds:.1f} s, {len(whole['trace'])} batches")
-    wrong = 0
-    for number in range(kills):
-        name = f"killed_{number}"
-        if number < saves:
-            save, share = moments.randrange(1, 10), moments.random()
-            how = f"in save {save} at {share:.0%}"
-            pid = train(name, workers, lambda save=save, share=share: die_in_save(save, share))
-        else:
-            batch, delay = moments.randrange(len(whole["trace"])), moments.uniform(0, 2 * seconds / len(whole["trace"]))
-            how = f"{1000 * delay:.0f} ms after batch {batch}"
-            pid = train(name, workers)
-            wait_for(batch, Path(f"{name}.{TRACE}"))
-            time.sleep(delay)
-            os.kill(pid, signal.SIGKILL)
-        wrong += told(how, name, pid, workers, whole)
-    for number, (callback, hook, is_after) in enumerate(LAST if last_step else []):
-        name = f"last_{number}"
-        pid = train(name, workers, lambda c=callback, h=hook, a=is_after: die_in_the_last_step(c, h, a))
-        wrong += told(f"{'after' if is_after else 'before'} {callback.__name__}.{hook}", name, pid, workers, whole)
-    kills += len(LAST) if last_step else 0
-    print(f"{kills - wrong} of {kills} are bit-identical to the undisturbed one")
-    return wrong
+class Soak:
+    """Trainings that are killed, and one that nothing disturbs, in the working directory.
 
+    Args:
+        workers: data loader processes of each training.
+        accumulate: batches of an optimizer step.
+        moments: draws when a training is killed.
+    """
 
-def told(how: str, name: str, pid: int, workers: int, whole: dict[str, Any]) -> bool:
-    """Let a killed training go on, and print and return whether it differs from the undisturbed one."""
-    code = ended(pid)
-    at = saved_step(name)
-    resumed = ended(train(name, workers))
-    different = differences(whole, outcome(name)) if resumed == 0 else [Path(f"{name}.log").read_text()[-2000:]]
-    was_killed = code == -signal.SIGKILL
-    print(f"{how:<40} {'killed' if was_killed else 'had ended'}, checkpoint {at:>2}: "
-          f"{'; '.join(different) or 'identical'}", flush=True)  # fmt: skip
-    return bool(different)
+    def __init__(self, workers: int, accumulate: int, moments: random.Random) -> None:
+        lay()
+        self._overrides = [
+            f"data.num_workers={workers}",
+            f"trainer.max_steps={STEPS}",
+            f"trainer.accumulate_grad_batches={accumulate}",
+            f"trainer.val_check_interval={VALIDATED * accumulate}",
+        ]
+        self._moments = moments
+        began = time.monotonic()
+        assert ended(self._train("whole")) == 0, Path("whole.log").read_text()
+        self._whole = outcome("whole")
+        self._batches = len(self._whole["trace"])
+        self._seconds_a_batch = (time.monotonic() - began) / self._batches
+        print(f"{workers} workers, {accumulate} batches a step, undisturbed: {time.monotonic() - began:.1f} s")
+
+    def run(self, kills: int, chain: int, saves: int, last_step: bool) -> int:
+        """Kill, resume and compare; returns how many trainings differed."""
+        wrong = killed = trainings = 0
+        while killed < kills:
+            name, hows = f"killed_{trainings}", []
+            for number in range(min(chain, kills - killed)):
+                in_save = trainings < saves and number == trainings % chain
+                how, was_killed = self._kill_in_a_save(name) if in_save else self._kill_at_a_batch(name)
+                hows.append(f"{how} (checkpoint {saved_step(name)})")
+                killed += was_killed
+                if not was_killed:
+                    break
+            wrong += self._differs(", ".join(hows), name)
+            trainings += 1
+        for number, (callback, hook, is_after) in enumerate(LAST if last_step else []):
+            name = f"last_{number}"
+            ended(self._train(name, lambda c=callback, h=hook, a=is_after: die_in_the_last_step(c, h, a)))
+            wrong += self._differs(f"{'after' if is_after else 'before'} {callback.__name__}.{hook}", name)
+            killed += 1
+            trainings += 1
+        print(f"{trainings - wrong} of {trainings} are bit-identical to the undisturbed one, after {killed} kills")
+        return wrong
+
+    def _train(self, name: str, prepare: Callable[[], None] = lambda: None) -> int:
+        return train(name, self._overrides, prepare)
+
+    def _kill_in_a_save(self, name: str) -> tuple[str, bool]:
+        """Kill a training in the middle of a save; returns how, and False if it had ended before."""
+        save, share = self._moments.randrange(1, 4), self._moments.random()
+        code = ended(self._train(name, lambda: die_in_save(save, share)))
+        return f"in save {save} at {share:.0%}", code == -signal.SIGKILL
+
+    def _kill_at_a_batch(self, name: str) -> tuple[str, bool]:
+        """Kill a training in the first half of what is left of it; returns how, and False if it had ended before."""
+        file = Path(f"{name}.{TRACE}")
+        traced = file.read_bytes().count(b"\n") if file.exists() else 0
+        left = self._batches - saved_step(name) * self._batches // STEPS
+        batch, delay = self._moments.randrange(left // 2 + 1), self._moments.uniform(0, 2 * self._seconds_a_batch)
+        pid = self._train(name)
+        wait_for(traced + batch, file, pid)
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+        return f"{1000 * delay:.0f} ms after batch {batch}", ended(pid) == -signal.SIGKILL
+
+    def _differs(self, how: str, name: str) -> bool:
+        """Let a killed training go on to its end, and print and return whether it differs from the undisturbed one."""
+        is_sound = ended(self._train(name)) == 0
+        different = differences(self._whole, outcome(name)) if is_sound else [Path(f"{name}.log").read_text()[-2000:]]
+        print(f"{how}: {'; '.join(different) or 'identical'}", flush=True)
+        return bool(different)
 
 
 def lay() -> None:
@@ -119,7 +159,7 @@ def lay() -> None:
     os.environ["LONGNET_CACHE"] = os.path.abspath("cache")
 
 
-def train(name: str, workers: int, prepare: Callable[[], None] = lambda: None) -> int:
+def train(name: str, overrides: list[str], prepare: Callable[[], None]) -> int:
     """Start a training in a process of its own; returns the process's number."""
     sys.stdout.flush()
     pid = os.fork()
@@ -132,7 +172,7 @@ def train(name: str, workers: int, prepare: Callable[[], None] = lambda: None) -
         os.dup2(log, 2)
         trace(Path(f"{name}.{TRACE}"))
         prepare()
-        experiment.run(recipe.load("soak.yaml", [f"name={name}", f"data.num_workers={workers}", "resume=auto"]))
+        experiment.run(recipe.load("soak.yaml", [f"name={name}", "resume=auto", *overrides]))
         code = 0
     except BaseException:
         import traceback
@@ -190,9 +230,11 @@ def die_in_save(number: int, share: float) -> None:
     checkpoint_io._Hashing.write = fatal  # type: ignore[method-assign]
 
 
-def wait_for(batch: int, file: Path) -> None:
-    """Wait until a training has come to a batch."""
+def wait_for(batch: int, file: Path, pid: int) -> None:
+    """Wait until a training has come to a batch, or has ended."""
     while batch and not (file.exists() and file.read_bytes().count(b"\n") >= batch):
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return
         time.sleep(0.001)
 
 
@@ -223,6 +265,8 @@ def outcome(name: str) -> dict[str, Any]:
         "curves": curves,
         "board": {tag: [(event.step, event.value) for event in events] for tag, events in drawn.items()},
         "trace": set(lines),  # what was trained on twice must have been the same twice
+        "best": (run / runs.CHECKPOINTS / runs.BEST).resolve(strict=True).name,
+        "validated": {step: loss.hex() for step, loss in saved["callbacks"]["Saving"]["validated"].items()},
         "checkpoints": [path.name for path in runs.checkpoints(run)],
         "version": len(runs.versions(name)),
     } | {key: saved[key] for key in STATES}

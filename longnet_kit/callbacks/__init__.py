@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from longnet_kit.callbacks.attention_figures import AttentionPattern, BranchWeights
 from longnet_kit.callbacks.board import Board
-from longnet_kit.callbacks.consumption import Consumption, draw_again
+from longnet_kit.callbacks.consumption import Consumption, points
 from longnet_kit.callbacks.fast_kernels import FastKernels
 from longnet_kit.callbacks.final_validation import FinalValidation
 from longnet_kit.callbacks.generators import Generators
@@ -40,6 +40,6 @@ __all__ = [
     "SaveError",
     "Saving",
     "Throughput",
-    "draw_again",
+    "points",
     "progress_bar",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 import re
@@ -10,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning
 import torch
@@ -58,6 +59,14 @@ _SESSION = ".session"
 """Ending of the event files that hold a session of the HPARAMS tab."""
 
 
+class Point(NamedTuple):
+    """A point of a curve in TensorBoard."""
+
+    tag: str
+    step: int
+    value: float
+
+
 class Board(TensorBoardLogger):
     """Writes TensorBoard's events into a run directory.
 
@@ -68,14 +77,20 @@ class Board(TensorBoardLogger):
     Args:
         directory: the run directory.
         purge_step: the first step that TensorBoard is to forget, of what was written there before; None for none.
+        earlier: the points that must be there before it. Where the event files lack one, as those of a full disk do,
+            TensorBoard forgets from there on, and these points are written again.
     """
 
-    def __init__(self, directory: Path, purge_step: int | None = None) -> None:
+    def __init__(self, directory: Path, purge_step: int | None = None, earlier: Sequence[Point] = ()) -> None:
+        if purge_step is not None and earlier:
+            purge_step = _first_missing(directory, earlier, purge_step)
         purge = {} if purge_step is None else {"purge_step": purge_step}
         place = {"name": directory.parent.name, "version": directory.name}
         super().__init__(directory.parent.parent, **place, default_hp_metric=False, **purge)  # type: ignore[arg-type]
         self._is_described = False
-        self._unwritten: list[tuple[dict[str, float], int | None]] = []
+        self._unwritten: list[tuple[dict[str, float], int | None]] = [
+            ({point.tag: point.value}, point.step) for point in earlier if point.step >= (purge_step or 0)
+        ]
         self._failed: float | None = None  # when, while it cannot be written
 
     @rank_zero_only
@@ -186,6 +201,16 @@ class Board(TensorBoardLogger):
         writer = FileWriter(self.log_dir, filename_suffix=_SESSION)
         writer.add_summary(summary)
         writer.close()
+
+
+def _first_missing(directory: Path, points: Sequence[Point], end: int) -> int:
+    """The first step before the end at which the event files of a run lack a point; the end where they lack none."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # else it warns of every earlier resume
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
+    drawn = {(tag, event.step) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    return min((x.step for x in points if x.step < end and (x.tag, x.step) not in drawn), default=end)
 
 
 def boards(trainer: Trainer) -> list[Board]:

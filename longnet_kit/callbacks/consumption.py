@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from longnet_kit.callbacks.board import Board, boards
+from longnet_kit.callbacks.board import Point, boards
 from longnet_kit.callbacks.throughput import flops_per_token
 from longnet_kit.tasks.scalars import due, write
 
@@ -114,21 +114,18 @@ class Consumption(Callback):
             board.save()
 
 
-def draw_again(board: Board, rows: Iterable[Mapping[str, str]]) -> None:
-    """Write the curves against tokens of a run that goes on: TensorBoard forgets them, since it counts them as steps.
-
-    Args:
-        rows: of metrics.csv, oldest first, up to where the run goes on.
-    """
+def points(rows: Iterable[Mapping[str, str]]) -> list[Point]:
+    """What TensorBoard shows of rows of metrics.csv: their scalars, and the curves against tokens."""
     rows = list(rows)
     known = {0: 0.0} | {int(row["step"]): float(row["train/tokens"]) for row in rows if "train/tokens" in row}
-    if len(known) == 1:
-        return  # a run from before tokens were written
+    found = []
     for row in rows:
-        tokens = round(float(np.interp(int(row["step"]), list(known), list(known.values()))))
-        for tag in VS_TOKENS:
-            if tag in row:
-                board.experiment.add_scalar(f"vs_tokens/{tag}", float(row[tag]), tokens)
+        step = int(row["step"])
+        found += [Point(tag, step, float(value)) for tag, value in row.items() if tag != "step"]
+        if len(known) > 1:  # else a run from before tokens were written
+            tokens = round(float(np.interp(step, list(known), list(known.values()))))
+            found += [Point(f"vs_tokens/{tag}", tokens, float(row[tag])) for tag in VS_TOKENS if tag in row]
+    return found
 
 
 def peak_memory(device: torch.device) -> int | None:

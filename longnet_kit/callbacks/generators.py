@@ -61,7 +61,8 @@ class Generators(Callback):
         saved = checkpoint.get(KEY) or [None]
         if saved == [None]:
             rank_zero_warn("the checkpoint holds no random generators: dropout and the like draw other numbers")
-        self._next = saved[trainer.global_rank if len(saved) == trainer.world_size else 0]
+        state = saved[trainer.global_rank if len(saved) == trainer.world_size else 0]
+        self._next = state and unpacked(state)
 
 
 def states() -> State:
@@ -80,12 +81,18 @@ def packed(found: State) -> State:
     return found | {"python": [version, torch.tensor(words), gauss], "numpy": numpy_state}
 
 
-def set_states(saved: State) -> None:
-    """Set all generators of this process to what `states` has found, packed or not."""
+def unpacked(saved: State) -> State:
+    """States as `states` gives them, from what `packed` has made of them."""
     version, words, gauss = saved["python"]
-    random.setstate((version, tuple(words.tolist()) if isinstance(words, torch.Tensor) else words, gauss))
     kind, numpy_words, *rest = saved["numpy"]
-    np.random.set_state((kind, np.asarray(numpy_words).astype(np.uint32), *rest))
-    torch.set_rng_state(saved["torch"])
-    if "cuda" in saved and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["cuda"])
+    numpy_state = (kind, numpy_words.numpy().astype(np.uint32), *rest)
+    return saved | {"python": (version, tuple(words.tolist()), gauss), "numpy": numpy_state}
+
+
+def set_states(found: State) -> None:
+    """Set all generators of this process to what `states` has found."""
+    random.setstate(found["python"])
+    np.random.set_state(found["numpy"])
+    torch.set_rng_state(found["torch"])
+    if "cuda" in found and torch.cuda.is_available():
+        torch.cuda.set_rng_state(found["cuda"])

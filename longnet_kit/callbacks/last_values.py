@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 
 
 class LastValues(Logger):
-    """Keeps the last value of every scalar by its tag, for the summary of a run. It writes no files.
+    """Keeps the last value of every scalar by its tag, on every rank, for the summary of a run. It writes no files.
 
     Args:
         earlier: rows of metrics.csv, oldest first, that a resumed run goes on from.
@@ -30,7 +29,6 @@ class LastValues(Logger):
     def version(self) -> str:
         return ""
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Remember these; `epoch`, which Lightning adds of its own, is no scalar of a run."""
         self.values.update({tag: float(value) for tag, value in metrics.items() if tag != "epoch"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +15,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from longnet_kit import durable
+from longnet_kit import durable, runs
 
 STEP = "step"
 
@@ -62,7 +63,7 @@ class MetricsTable(Logger):
             if {tag for row in self._waiting for tag in row} <= {*self._columns}:
                 self._append(self._waiting)
             else:
-                self._replace([*self._on_disk(), *self._waiting])
+                self._replace([*runs.rows_until(self._path, math.inf, rank_zero_warn), *self._waiting])
         except OSError as error:
             if not self._is_failing:
                 rank_zero_warn(f"{self._path} cannot be written ({error.strerror}); its rows are kept until it can be")
@@ -91,12 +92,6 @@ class MetricsTable(Logger):
         with durable.replacing(self._path) as staged:
             staged.write_text(_lines([dict(zip(columns, columns, strict=True)), *rows], columns), newline="")
         self._columns = columns
-
-    def _on_disk(self) -> list[dict[str, str]]:
-        if not self._path.exists():
-            return []
-        with self._path.open(newline="") as file:
-            return list(csv.DictReader(file))
 
 
 def _lines(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:

@@ -61,14 +61,21 @@ class Saving(Checkpoint):
         self._keep_best = keep_best
         self._generators = generators
         self._listener = listener
+        self._scalars: Mapping[str, float] = {}
         self._validated: dict[int, float] = {}
         self._failed: set[int] = set()
         self._first_step = 0
         self._is_updating = False
 
-    def begin(self, folder: Path, validated: Mapping[int, float]) -> None:
-        """Say where checkpoints go, and what a run that goes on has validated: `val/loss` by its step."""
-        self.folder, self._validated = folder, {**validated}
+    def begin(self, folder: Path, validated: Mapping[int, float], scalars: Mapping[str, float]) -> None:
+        """Prepare for a run directory.
+
+        Args:
+            folder: the folder of checkpoints.
+            validated: `val/loss` by step, for every validation in the metrics.csv of a resumed run.
+            scalars: the last value of every scalar, kept up to date by a logger on every rank.
+        """
+        self.folder, self._validated, self._scalars = folder, {**validated}, scalars
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
@@ -93,13 +100,13 @@ class Saving(Checkpoint):
             self._end_if_asked(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loss = float(trainer.callback_metrics.get(MONITORED, math.nan))
-        if trainer.sanity_checking or math.isnan(loss):
+        if trainer.sanity_checking:
             return
+        loss = self._scalars.get(MONITORED, math.nan)  # as metrics.csv has it; callback_metrics rounds to float32
         best = self._best_of(runs.checkpoints_in(self.folder))
         is_best = best is None or loss < self._validated[runs.step_of(best)]
         self._validated[trainer.global_step] = loss
-        if trainer.strategy.broadcast(self._keep_best and is_best):
+        if trainer.strategy.broadcast(self._keep_best and is_best and not math.isnan(loss)):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -129,12 +136,12 @@ class Saving(Checkpoint):
         self._validated = state_dict["validated"] | self._validated
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._generators.is_mid_step:
-            _take_back_half_a_step(checkpoint["loops"]["fit_loop"], trainer)
+        _settle(checkpoint["loops"]["fit_loop"], trainer)
+        checkpoint["epoch"] = 0
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if int(checkpoint["global_step"]) not in self._validated:  # by metrics.csv: load_state_dict comes later
-            _ask_for_validation(checkpoint["loops"]["fit_loop"])
+        is_validated = int(checkpoint["global_step"]) in self._validated  # in metrics.csv: load_state_dict comes later
+        _ask_for_validation(checkpoint["loops"]["fit_loop"], trainer, is_wanted=not is_validated)
         for callback in [name for name in checkpoint["callbacks"] if name.startswith("Timer")]:
             del checkpoint["callbacks"][callback]  # trainer.max_time is that of one start
 
@@ -205,26 +212,39 @@ def _wrong_on_any_rank(trainer: Trainer, module: LightningModule) -> list[str]:
     return [name for names in gathered(trainer, wrong_weights(module)) for name in names]
 
 
-def _take_back_half_a_step(loops: dict[str, Any], trainer: Trainer) -> None:
-    """Make saved loops those of the end of the last whole optimizer step, as if saved in `on_train_batch_end`."""
-    batches = loops["epoch_loop.batch_progress"]
-    half = batches["current"]["processed"] % trainer.accumulate_grad_batches
-    for counts in (batches["total"], batches["current"]):
-        counts["ready"] = counts["started"] = counts["processed"] = counts["processed"] - half
-        counts["completed"] = counts["processed"] - 1
-    batches["is_last_batch"] = False
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - 1
-    progress = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
-    for kind in ("step", "zero_grad"):
-        for counts in progress[kind].values():
-            counts.update(dict.fromkeys(counts, counts["completed"]))
+def _settle(loops: dict[str, Any], trainer: Trainer) -> None:
+    """Make saved loops depend on the optimizer step alone: those of `on_train_batch_end` in the one epoch of a run.
 
-
-def _ask_for_validation(loops: dict[str, Any]) -> None:
-    """Make saved loops those of a validation before its first batch; where none was due, Lightning does not look there.
-
-    Otherwise Lightning leaves out the validation that was due at the step of a checkpoint.
+    It does not matter then where a run is when it saves (in a batch, in a validation, after the last epoch), nor where
+    it was killed and resumed before. Half an accumulated step is taken back.
     """
-    progress = loops["epoch_loop.val_loop.batch_progress"]
+    batches = loops["epoch_loop.batch_progress"]
+    whole = batches["total"]["processed"] // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches
+    _set_all(batches, whole, completed=whole - 1)
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - 1
+    for progress in loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].values():
+        _set_all(progress, trainer.global_step)
+    _set_all(loops["epoch_loop.val_loop.batch_progress"], 0)
+    _set_all(loops["epoch_progress"], 1, processed=0, completed=0)
+
+
+def _ask_for_validation(loops: dict[str, Any], trainer: Trainer, is_wanted: bool) -> None:
+    """Let Lightning begin with the validation that is due at the step of a checkpoint, or else without it.
+
+    Lightning validates where the saved loops are those of a validation before its first batch.
+    """
+    batches, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
+    count = batches["total"]["processed"]
+    is_due = trainer.enable_validation and count % int(trainer.val_check_interval) == 0
+    _set_all(validation, 0)
+    if is_wanted and is_due:
+        _set_all(batches, count)
+        _set_all(validation, 1, processed=0, completed=0)
+
+
+def _set_all(progress: dict[str, Any], count: int, **others: int) -> None:
+    """Set what a saved loop counts, in total and in the current epoch."""
     for counts in (progress["total"], progress["current"]):
-        counts.update(ready=1, started=1, processed=0, completed=0)
+        counts.update(dict.fromkeys(counts, count) | others)
+    if "is_last_batch" in progress:
+        progress["is_last_batch"] = False

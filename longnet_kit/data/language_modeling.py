@@ -222,9 +222,10 @@ class LanguageModelingData(LightningDataModule):
     def _half_a_step(self) -> int:
         """Batches whose gradients wait for their optimizer step."""
         assert self.trainer is not None
-        if self._progress.is_last_batch:
+        current = self._progress.current
+        if self._progress.is_last_batch and current.processed == current.ready:  # the last one is done, and stepped
             return 0
-        return self._progress.current.processed % self.trainer.accumulate_grad_batches
+        return current.processed % self.trainer.accumulate_grad_batches
 
     def _drop_half_a_step(self) -> None:
         """Take back a resumed trainer's batches whose gradients were lost: checkpoints hold no accumulated ones."""

@@ -36,10 +36,11 @@ class StreamFiles:
         self.directory = directory
         self.state = state
         position = 0 if state is None else int(state["position"])
-        earlier = runs.rows_until(directory / CURVE, position)
+        earlier = runs.rows_until(directory / CURVE, position, lambda note: print(f"note: {note}", flush=True))
         self._table = callbacks.MetricsTable(directory / CURVE, earlier)
         has_events = any(directory.glob("events.out.*"))
-        self._board = callbacks.Board(directory.absolute(), position + 1 if has_events else None)
+        points = [point._replace(tag=f"stream/{point.tag}") for point in callbacks.points(earlier)]
+        self._board = callbacks.Board(directory.absolute(), position + 1 if has_events else None, points)
 
     @classmethod
     @contextmanager

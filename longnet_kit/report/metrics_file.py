@@ -88,6 +88,21 @@ class Metrics:
                         return value
         return None
 
+    def rows_until(self, step: float) -> list[dict[str, str]]:
+        """The rows up to and including a step: cells by tag, as they are in the file; only those that can be read."""
+        found: list[dict[str, str]] = []
+        for tag in self.tags:
+            self.series(tag)  # which notes the cells that cannot be read
+        for section in self._sections:
+            rows = [{STEP: str(int(at))} for at in section.steps.tolist()]
+            for tag in [tag for tag in section.columns if tag != STEP]:
+                cells = self._slices(*self._cells(section.lines, section.columns[tag]))
+                for row, cell in zip(rows, cells, strict=True):
+                    if cell and _number(cell) is not None:
+                        row[tag] = cell.decode()
+            found += [row for row, at in zip(rows, section.steps.tolist(), strict=True) if at <= step]
+        return found
+
     def _find_sections(self) -> list[_Section]:
         headers = self._headers()
         begins = [*headers, len(self._past)]
@@ -128,8 +143,8 @@ class Metrics:
         lines = lines[(counts == len(names)) & ~is_blank]
         starts, ends = self._cells(lines, columns[STEP])
         steps = np.array([_number(cell) for cell in self._slices(starts, ends)], dtype=np.float64)  # None gives NaN
-        is_row = np.isfinite(steps)
-        wrong += [(line, "has no step that is a number") for line, _ in _pairs(lines, lines, ~is_row)]
+        is_row = np.isfinite(steps) & (steps >= 0) & (np.floor(steps) == steps)
+        wrong += [(line, "has no step that is a whole number") for line, _ in _pairs(lines, lines, ~is_row)]
         return _Section(columns, lines[is_row], steps[is_row]), wrong
 
     def _column(self, section: _Section, tag: str) -> Series:

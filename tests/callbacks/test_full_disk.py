@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,6 +96,20 @@ def test_rows_wait_until_the_table_can_be_written(run: Path, has_new_column: boo
     assert [path.name for path in run.iterdir()] == ["metrics.csv"]
 
 
+def test_a_new_column_keeps_the_rows_of_a_damaged_table_that_can_be_read(run: Path) -> None:
+    table = MetricsTable(run / "metrics.csv")
+    for step in (1, 2, 3):
+        table.log_metrics({"loss": 1 / step}, step)
+    table.save()
+    (run / "metrics.csv").write_bytes((run / "metrics.csv").read_bytes().replace(b"2,0.5", b"2,\0,0.5"))
+    table.log_metrics({"new": 1.0}, 4)
+    with told_once("line 3 has 3 cells, not 2.*metrics.csv.damaged"):
+        table.save()
+    assert runs.metrics_until(run, 9) == [
+        {"step": "1", "loss": "1.0"}, {"step": "3", "loss": repr(1 / 3)}, {"step": "4", "new": "1.0"}
+    ]  # fmt: skip
+
+
 def test_a_last_row_that_a_kill_has_cut_off_is_left_out(run: Path) -> None:
     table = MetricsTable(run / "metrics.csv")
     for step in (1, 12):
@@ -132,6 +148,25 @@ def test_events_wait_for_room(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     logger.save()
     assert points(run) == {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0} and sorted(run.iterdir()) == files
     logger.finalize("success")
+
+
+def test_earlier_points_that_are_missing_are_drawn_once_and_in_order(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count(1_800_000_000, 10)
+    monkeypatch.setattr(time, "time", lambda: float(next(seconds)))  # event files are read in the order of their times
+    logger = Board(run)
+    for step in (1, 2, 4, 5, 6):
+        logger.log_metrics({"loss": float(step)}, step)
+        logger.save()
+    logger.finalize("success")
+    whole = [board.Point("loss", step, float(step)) for step in range(1, 6)]
+    for _ in range(2):  # the second finds nothing missing
+        logger = Board(run, 6, whole)
+        logger.save()
+        logger.finalize("success")
+        events = EventAccumulator(str(run)).Reload().Scalars("loss")
+        assert [(event.step, event.value) for event in events] == [(x.step, x.value) for x in whole]
 
 
 def test_events_go_on_in_another_file_where_writing_has_failed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from longnet_kit.callbacks import (
     PerplexityByContext,
     Throughput,
     attention_figures,
-    draw_again,
+    points,
 )
 from longnet_kit.callbacks.board import LAYOUT, flatten
 from longnet_kit.callbacks.consumption import VS_TOKENS, peak_memory
@@ -233,16 +233,14 @@ def test_consumption_counts_accumulated_batches_and_goes_on(tmp_path: Path) -> N
     assert logged(tmp_path / "b")["train/seconds"][5] > seconds[4]
 
 
-def test_curves_against_tokens_are_written_again(tmp_path: Path) -> None:
+def test_curves_against_tokens_are_among_the_points_of_rows() -> None:
     rows = [{"step": "2", "train/loss": "5.0"}, {"step": "2", "train/tokens": "100"}, {"step": "3", "val/loss": "4.5"},
             {"step": "4", "train/loss": "4.0"}, {"step": "4", "train/tokens": "300"}]  # fmt: skip
-    logger = board(tmp_path)
-    draw_again(logger, rows)
-    draw_again(logger, [{"step": "9", "train/loss": "1.0"}])  # of a run from before tokens were counted
-    logger.finalize("success")
-    found = events(tmp_path)
-    assert [(e.step, e.value) for e in found.Scalars("vs_tokens/train/loss")] == [(100, 5), (300, 4)]
-    assert [(e.step, e.value) for e in found.Scalars("vs_tokens/val/loss")] == [(200, 4.5)]
+    found = points(rows)
+    assert [point[1:] for point in found if point.tag == "vs_tokens/train/loss"] == [(100, 5), (300, 4)]
+    assert [point[1:] for point in found if point.tag == "vs_tokens/val/loss"] == [(200, 4.5)]
+    assert [point[1:] for point in found if point.tag == "train/loss"] == [(2, 5), (4, 4)]
+    assert points([{"step": "9", "train/loss": "1.0"}]) == [("train/loss", 9, 1.0)], "no tokens were counted"
 
 
 def test_the_peak_of_memory_is_that_of_training(tmp_path: Path) -> None:

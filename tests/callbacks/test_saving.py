@@ -267,14 +267,15 @@ def test_a_run_that_fails_within_an_update_does_not_save_it(monkeypatch: pytest.
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
 
 
-def test_half_an_accumulated_step_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", [5, 12])
+def test_half_an_accumulated_step_is_not_saved(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in weights, which have no part of it, nor in any counter."""
     overrides = ("trainer.accumulate_grad_batches=3", "trainer.val_check_interval=12", "model.dropout=0.1")
     whole = experiment.run(load("name=whole", *overrides))
     train = LanguageModeling.training_step
 
     def failing(self: LanguageModeling, batch: Any, batch_idx: int) -> torch.Tensor:
-        if batch_idx == 3 * 4 + 2:
+        if batch_idx == 3 * step - 1:
             raise RuntimeError("the power went")
         return train(self, batch, batch_idx)
 
@@ -282,7 +283,7 @@ def test_half_an_accumulated_step_is_not_saved(monkeypatch: pytest.MonkeyPatch) 
         patched.setattr(LanguageModeling, "training_step", failing)
         experiment.run(load(*overrides))
     run = Path("runs/tiny/version_0")
-    assert steps(run)[-1] == 4
+    assert steps(run)[-1] == step - 1
     experiment.run(load("resume=auto", *overrides))
     ours, theirs = (torch.load(runs.checkpoint(x), weights_only=True) for x in (run, whole))
     assert all(torch.equal(ours["state_dict"][name], weight) for name, weight in theirs["state_dict"].items())
