@@ -212,7 +212,7 @@ def rows_until(path: Path, step: float, tell: Callable[[str], None] | None = Non
 
     if not path.is_file():
         return []
-    metrics = Metrics(path.read_bytes())
+    metrics = Metrics(durable.read(path, METRICS_SIZE))
     rows = metrics.rows_until(step)
     if metrics.problems and tell is not None:
         aside = path.with_name(f"{path.name}.damaged")
