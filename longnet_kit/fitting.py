@@ -11,12 +11,26 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from longnet_kit import callbacks, checkpoint_io, durable, out_of_memory, recipe, resume, run_lock, runs, signals
+from longnet_kit import (
+    callbacks,
+    checkpoint_io,
+    durable,
+    out_of_memory,
+    parallel,
+    placement,
+    recipe,
+    resume,
+    run_lock,
+    runs,
+    signals,
+    weights,
+)
+from longnet_kit.data import LanguageModelingData
 from longnet_kit.errors import UserError
 from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
@@ -78,7 +92,7 @@ def fit(
     r: Recipe,
     trainer: Trainer,
     task: LightningModule,
-    datamodule: LightningDataModule,
+    datamodule: LanguageModelingData,
     place: resume.Place,
     listener: signals.Listener,
 ) -> Path:
@@ -93,6 +107,8 @@ def fit(
     started, status = time.monotonic(), "failed"
     try:
         with lightning_errors(), listener.listening():
+            if trainer.world_size > 1:
+                _check_ranks(r, trainer, task, datamodule, place)
             trainer.fit(task, datamodule=datamodule, ckpt_path=place.ckpt, weights_only=True)
             has_finished = trainer.global_step >= trainer.max_steps
             if has_finished and trainer.global_step == first_step and first_step not in validated:
@@ -123,6 +139,18 @@ def fit(
                 say(f"note: {directory / runs.SUMMARY} cannot be written ({error.strerror})")
     say(_closing_lines(directory, status, trainer.global_step, time.monotonic() - started, last_values.values))
     return directory
+
+
+def _check_ranks(
+    r: Recipe, trainer: Trainer, task: LightningModule, datamodule: LanguageModelingData, place: resume.Place
+) -> None:
+    """Give all ranks the weights of `init_from`, and refuse ranks whose weights or data differ."""
+    if r.init_from is not None and place.ckpt is None:
+        source, network = Path(r.init_from), task.model
+        parallel.together(trainer, lambda: trainer.is_global_zero or weights.start_from(network, source))  # type: ignore[arg-type]
+        digest = weights.digest(network)  # type: ignore[arg-type]
+        parallel.check_same(trainer, {"the digest of init_from's weights": digest}, "give every rank the same file")
+    placement.check_data(trainer, r, datamodule, "fit")
 
 
 def _prepare(r: Recipe, trainer: Trainer, place: resume.Place) -> tuple[int, dict[int, float], callbacks.LastValues]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
@@ -80,6 +81,15 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _read_exported(path: Path) -> dict[str, Any]:
     return {"state_dict": {f"model.{name}": x for name, x in load_file(path).items()}}
+
+
+def digest(network: nn.Module) -> str:
+    """A checksum of all parameters and buffers, equal where their bytes are."""
+    found = 0
+    for name, x in network.state_dict().items():
+        found = zlib.crc32(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), found)  # type: ignore[arg-type]
+        found = zlib.crc32(name.encode(), found)
+    return f"{found:08x}"
 
 
 def load(network: nn.Module, source: Path) -> None:

@@ -205,6 +205,12 @@ class SequenceParallelStrategy(SequenceParallel, DDPStrategy):
         self.setup_distributed()
 
 
+def is_started_by_others(trainer: Trainer) -> bool:
+    """Whether this process is one of several that somebody else has started, a rank or a scheduler."""
+    strategy: Any = trainer.strategy
+    return isinstance(strategy, SequenceParallel) and strategy.cluster_environment.creates_processes_externally  # type: ignore[attr-defined]
+
+
 def was_started_by_a_rank() -> bool:
     """Whether the first rank has started this process as another one."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and str(os.getppid()) == os.environ.get(_LAUNCHER)
