@@ -205,7 +205,7 @@ def variables_of(kind: str, rank: int) -> dict[str, str]:
 
 
 SLOW = pytest.mark.soak
-OTHER_EXAMPLES = ["task=in_context", "data.source=passkey", "data.seq_len=64", "data.distances=[32]"]
+OTHER_EXAMPLES = ["task=in_context", "data.source=passkey", "data.seq_len=64", "data.distances=[32]", "data.keys=1"]
 OTHER_EXAMPLES += ["data.batch_size=2", "data.eval_contexts=[]"]
 
 
