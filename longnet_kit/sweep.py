@@ -60,15 +60,20 @@ def sweep(paths: str | Sequence[str], items: Sequence[str]) -> int:
         items: `key.path=value` for all cells, `key.path=value,value` for an axis.
 
     Returns:
-        The exit code: 0 if all runs are finished, else 1.
+        The exit code: 0 if all runs are finished, 128 + n if signal n came, else 1.
 
     Raises:
         UserError: the grid or a cell's recipe cannot be used; nothing was started then.
-        KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came. The run that went on then has ended.
+        KeyboardInterrupt: Ctrl-C, outside of the part that handles signals.
     """
     cells = _of_all(_recipes([paths] if isinstance(paths, str) else paths), sweep_grid.parse(items))
     with Signals() as signals, sweep_view.view(len(cells)) as view:
-        outcomes = _Sweep(cells, signals, view).train()
+        try:
+            outcomes = _Sweep(cells, signals, view).train()
+        except KeyboardInterrupt:
+            if not signals.received:
+                raise
+            return 128 + signals.received[0]
     words = [f"{outcomes.count(FINISHED)} of {len(cells)} runs finished"]
     for kind in (STOPPED, FAILED):
         labels = [run.cell.label for run, outcome in zip(cells, outcomes, strict=True) if outcome == kind]

@@ -68,10 +68,7 @@ import sys
 from longnet_kit import sweep
 from longnet_kit.report import compare
 compare.compare = lambda paths: "the table of " + " ".join(paths)
-try:
-    sys.exit(sweep.sweep(sys.argv[1], sys.argv[2:]))
-except KeyboardInterrupt:
-    sys.exit(130)
+sys.exit(sweep.sweep(sys.argv[1], sys.argv[2:]))
 """
 PLUGGED = ["imports=[hurdles]", "data.eval_contexts=[8]"]
 ALONE = ["trainer.devices=1", "strategy.name=auto", *PLUGGED]
@@ -267,7 +264,7 @@ def test_a_run_that_stops_or_vanishes_is_not_called_finished(start: Callable[...
 
 
 @needs_proc
-@pytest.mark.parametrize(("number", "devices"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(("number", "devices"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGUSR1, 1)])
 def test_a_signal_ends_the_run_and_the_sweep(number: signal.Signals, devices: int, start: Callable[..., Sweep]) -> None:
     Path("slow").touch()
     more = [f"trainer.devices={devices}", f"strategy.name={'auto' if devices == 1 else 'ddp'}"]
@@ -275,7 +272,7 @@ def test_a_signal_ends_the_run_and_the_sweep(number: signal.Signals, devices: in
     stopped.wait_for(lambda: runs.checkpoints(run_of("backend-hurdle")))
     assert len(pids()) == devices
     os.kill(stopped.process.pid, number)
-    out = stopped.end(130)
+    out = stopped.end(128 + number)
     assert f"{number.name}: 0 of 2 runs finished; the same command goes on from here" in out
     assert "Traceback" not in out and "the table" not in out
     assert pids() == []
