@@ -127,6 +127,11 @@ def fit(
             if trainer.world_size > 1:
                 raise UserError("memory ran out, see above") from error
             raise UserError(out_of_memory.advice(r, error, trainer.global_step + 1)) from error
+        if isinstance(error, (OSError, callbacks.SaveError)) and not (directory / runs.RECIPE).exists():
+            raise UserError(
+                f"{directory} was removed while the run wrote into it: its checkpoints, metrics and events are lost. "
+                f"The run ended after step {trainer.global_step}; start it again, and leave its directory alone"
+            ) from error
         refused = isinstance(error, UserError) and place.is_new and trainer.global_step <= first_step
         if refused and trainer.is_global_zero:
             runs.discard(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,10 +31,18 @@ def connect(trainer: Trainer) -> None:
     if not isinstance(strategy, SequenceParallel) or dist.is_initialized():
         return
     with _ending_all(strategy):
-        if strategy.launcher is not None:
-            strategy.launcher.launch(strategy.join, trainer=trainer)
-        else:  # a process that was started by others
-            strategy.join()
+        try:
+            if strategy.launcher is not None:
+                strategy.launcher.launch(strategy.join, trainer=trainer)
+            else:  # a process that was started by others
+                strategy.join()
+        except RuntimeError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {os.environ.get('MASTER_PORT')} is in use by another process of this machine; set the "
+                "environment variable MASTER_PORT to a free one, the same for all ranks"
+            ) from error
 
 
 def agree(trainer: Trainer, decide: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -285,3 +286,17 @@ def test_a_rank_of_more_processes_than_its_recipe_has_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"trainer.devices: the recipe is for 1 devices .* has (2|more) processes"):
         placement.check_world(recipe.load(folder / "tiny.yaml", ALONE))
+
+
+def test_a_port_that_is_taken_is_named(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        first = desk.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port) | variables_of("plain", 0)
+        ended = subprocess.run(
+            [sys.executable, *COMMAND], cwd=folder, env=first, capture_output=True, text=True, timeout=100
+        )
+    assert ended.returncode == 2, ended.stderr
+    assert f"longnet: port {port} is in use by another process of this machine; set the environment" in ended.stderr
+    assert "Traceback" not in ended.stderr
