@@ -43,7 +43,7 @@ class StagedCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         self.problem = ""
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(exist_ok=True)  # but no run directory: one that was removed stays so
             _write(checkpoint, target)
         except OSError as error:
             self.problem = error.strerror or str(error)

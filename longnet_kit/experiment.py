@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from lightning import LightningDataModule, LightningModule, seed_everything
+from lightning import LightningModule, Trainer, seed_everything
 
 from longnet_kit import (
     data,
@@ -26,12 +27,15 @@ from longnet_kit import (
     trainers,
     weights,
 )
+from longnet_kit.data import LanguageModelingData
 from longnet_kit.errors import UserError
 from longnet_kit.recipe import Recipe
 from longnet_kit.trainers import say, si
 
+T = TypeVar("T")
 
-def build_data(r: Recipe) -> LightningDataModule:
+
+def build_data(r: Recipe) -> LanguageModelingData:
     """The recipe's data module, its cache not yet built."""
     return data.build(r.data, seed=r.seed)
 
@@ -69,13 +73,9 @@ def run(r: Recipe) -> Path:
     for note in r.notes:
         say(f"note: {note}")
     seed_everything(r.seed, workers=True, verbose=False)
-    datamodule = build_data(r)
-    datamodule.trainer = trainer  # which says whether there is to be validation
-    task = _built_by_the_first(r, datamodule) if trainer.is_global_zero else build_task(without_weights(r))
+    datamodule, task = _on_all_ranks(r, trainer, lambda: _built(r, trainer))
     with ExitStack() as held:
         place = parallel.agree(trainer, lambda: fitting.claim(r, held))
-        if r.init_from is not None and place.ckpt is None and not trainer.is_global_zero:
-            weights.start_from(task.model, Path(r.init_from), say)  # type: ignore[arg-type]
         if not place.is_finished:
             return fitting.fit(r, trainer, task, datamodule, place, listener)
     say(f"{place.directory} has finished its {r.trainer['max_steps']} steps; raise trainer.max_steps to train it on")
@@ -103,12 +103,18 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
     ckpt = runs.newest(path, say)
     r = recipe.load_saved(runs.of_checkpoint(ckpt), overrides or [])
     trainer = trainers.build(r, trainers.progress(r))
-    datamodule = build_data(r)
-    if trainer.is_global_zero:
-        datamodule.prepare_data()
-        datamodule.setup(which)
-    task = build_task(r)
-    weights.load(task.model, ckpt)  # type: ignore[arg-type]
+
+    def built() -> tuple[LanguageModelingData, LightningModule]:
+        datamodule = build_data(r)
+        if trainer.is_global_zero:
+            datamodule.prepare_data()
+            datamodule.setup(which)
+        task = build_task(r)
+        weights.load(task.model, ckpt)  # type: ignore[arg-type]
+        return datamodule, task
+
+    datamodule, task = _on_all_ranks(r, trainer, built, checkpoint=ckpt.name)
+    placement.check_data(trainer, r, datamodule, which)
     with trainers.lightning_errors():
         results: dict[str, float] = {}
         for metrics in getattr(trainer, which)(task, datamodule=datamodule, verbose=False):
@@ -137,7 +143,25 @@ def show(r: Recipe) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in r.notes)])
 
 
-def _built_by_the_first(r: Recipe, datamodule: LightningDataModule) -> LightningModule:
+def _on_all_ranks(r: Recipe, trainer: Trainer, build: Callable[[], T], **same: Any) -> T:
+    """What `build` returns, once it has on all ranks, connected, with one recipe and the same values of `same`.
+
+    A process that starts the others builds before it does: errors end the run before a process is started.
+    """
+    built = None if parallel.is_started_by_others(trainer) else build()
+    parallel.connect(trainer)
+    placement.check_recipes(trainer, r, **same)
+    return parallel.together(trainer, lambda: build() if built is None else built)
+
+
+def _built(r: Recipe, trainer: Trainer) -> tuple[LanguageModelingData, LightningModule]:
+    """Data and task of a training."""
+    datamodule = build_data(r)
+    datamodule.trainer = trainer  # which says whether there is to be validation
+    return datamodule, _built_by_the_first(r, datamodule) if trainer.is_global_zero else build_task(without_weights(r))
+
+
+def _built_by_the_first(r: Recipe, datamodule: LanguageModelingData) -> LightningModule:
     """The task of the first rank, once its data is there: errors end the run before a process is started."""
     place = resume.find(r, say)
     if not place.is_finished:

@@ -12,12 +12,26 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from longnet_kit import callbacks, checkpoint_io, durable, out_of_memory, recipe, resume, run_lock, runs, signals
+from longnet_kit import (
+    callbacks,
+    checkpoint_io,
+    durable,
+    out_of_memory,
+    parallel,
+    placement,
+    recipe,
+    resume,
+    run_lock,
+    runs,
+    signals,
+    weights,
+)
+from longnet_kit.data import LanguageModelingData
 from longnet_kit.errors import UserError
 from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
@@ -87,7 +101,7 @@ def fit(
     r: Recipe,
     trainer: Trainer,
     task: LightningModule,
-    datamodule: LightningDataModule,
+    datamodule: LanguageModelingData,
     place: resume.Place,
     listener: signals.Listener,
 ) -> Path:
@@ -102,6 +116,8 @@ def fit(
     started, status = time.monotonic(), "failed"
     try:
         with lightning_errors(), listener.listening():
+            if trainer.world_size > 1:
+                _check_ranks(r, trainer, task, datamodule, place)
             trainer.fit(task, datamodule=datamodule, ckpt_path=place.ckpt, weights_only=True)
             has_finished = trainer.global_step >= trainer.max_steps
             if has_finished and trainer.global_step == first_step and first_step not in validated:
@@ -120,6 +136,11 @@ def fit(
             if trainer.world_size > 1:
                 raise UserError("memory ran out, see above") from error
             raise UserError(out_of_memory.advice(r, error, trainer.global_step + 1)) from error
+        if isinstance(error, (OSError, callbacks.SaveError)) and not (directory / runs.RECIPE).exists():
+            raise UserError(
+                f"{directory} was removed while the run wrote into it: its checkpoints, metrics and events are lost. "
+                f"The run ended after step {trainer.global_step}; start it again, and leave its directory alone"
+            ) from error
         refused = isinstance(error, UserError) and place.is_new and trainer.global_step <= first_step
         if refused and trainer.is_global_zero:
             runs.discard(directory)
@@ -132,6 +153,18 @@ def fit(
                 say(f"note: {directory / runs.SUMMARY} cannot be written ({error.strerror})")
     say(_closing_lines(directory, status, trainer.global_step, time.monotonic() - started, last_values.values))
     return directory
+
+
+def _check_ranks(
+    r: Recipe, trainer: Trainer, task: LightningModule, datamodule: LanguageModelingData, place: resume.Place
+) -> None:
+    """Give all ranks the weights of `init_from`, and refuse ranks whose weights or data differ."""
+    if r.init_from is not None and place.ckpt is None:
+        source, network = Path(r.init_from), task.model
+        parallel.together(trainer, lambda: trainer.is_global_zero or weights.start_from(network, source, say))  # type: ignore[arg-type]
+        digest = weights.digest(network.state_dict())  # type: ignore[union-attr]
+        parallel.check_same(trainer, {"the digest of init_from's weights": digest}, "give every rank the same file")
+    placement.check_data(trainer, r, datamodule, "fit")
 
 
 def _prepare(r: Recipe, trainer: Trainer, place: resume.Place) -> tuple[int, dict[int, float], callbacks.LastValues]:

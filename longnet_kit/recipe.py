@@ -270,6 +270,13 @@ def _clip(recipe: Recipe) -> Recipe:
         contexts = list(dict.fromkeys(min(context, seq_len) for context in data.eval_contexts))
         notes.append(f"data.eval_contexts {data.eval_contexts} clipped to {contexts} by data.seq_len {seq_len}")
         data = dataclasses.replace(data, eval_contexts=contexts)
+    from longnet_kit.model import weight_dtype
+    from longnet_kit.tasks import optimization
+
+    precision = str(recipe.trainer["precision"])
+    if optimization.decay_vanishes(optimizer, weight_dtype(precision)):
+        lost = f"weight_decay {optimizer.weight_decay:g} at lr {optimizer.lr:g} is lost in the rounding of the weights"
+        notes.append(f"optimizer.{lost} under trainer.precision {precision}; it works under bf16-mixed or 16-mixed")
     strategy = recipe.strategy
     if strategy.name.startswith("sequence_parallel") and strategy.sequence_parallel_size == 1:
         notes.append(f"strategy {strategy.name} with strategy.sequence_parallel_size 1 divides no sequence")

@@ -84,6 +84,9 @@ class Optimizer:
         0.98,
     )
     """Decay of the running means of the gradient and of its square; sgd has none."""
+    eps: Annotated[float, Range(above=0, at_most=1000)] = 1.0e-8
+    """Added to the root of the running mean square, by which an update is divided; must not be 0 in the dtype of the
+    weights, as 1e-8 is in float16. sgd has none."""
     weight_decay: Annotated[float, Range(at_least=0, at_most=1000)] = 0.01
     """Strength of the pull of weight matrices towards zero."""
     warmup_steps: Natural = 0

@@ -57,6 +57,8 @@ def problems(values: Values) -> list[tuple[tuple[str, ...], Problem]]:
     has_engine = importlib.util.find_spec("transformer_engine") is not None
     engine = f"got {precision!r}, which needs the package transformer_engine: install it, or use bf16-mixed"
     check(str(precision).startswith("transformer-engine") and not has_engine, engine, "trainer.precision")
+    vanished = _vanished_eps(precision, mapping_at(values, "optimizer"))
+    check(bool(vanished), vanished, "trainer.precision", "optimizer.eps", "optimizer.name")
     listed = trainer.get("accelerator") == "cpu" and isinstance(devices, list)
     check(listed, schema.listed_on_cpu(devices), "trainer.devices", "trainer.accelerator")
     too_long = _time_problem(trainer.get("max_time"))
@@ -77,6 +79,18 @@ def _predicts_tokens(task: Any) -> bool:
     from longnet_kit import tasks
 
     return not tasks.registry.refusal(task) and getattr(tasks.registry.get(task), "predicts_tokens", False)
+
+
+def _vanished_eps(precision: Any, optimizer: Values) -> str:
+    """What is wrong with an optimizer whose eps is 0 in the dtype of the weights; empty when nothing is."""
+    from longnet_kit.model import weight_dtype
+    from longnet_kit.tasks import optimization
+
+    name, eps = optimizer.get("name"), optimizer.get("eps")
+    if not (isinstance(precision, str) and isinstance(name, str) and isinstance(eps, (int, float)) and 0 < eps <= 1000):
+        return ""  # reported by itself
+    problem = optimization.eps_problem(name, eps, weight_dtype(precision))
+    return problem and f"got {precision!r} with optimizer.eps {eps:g}, {problem}, or 16-mixed or bf16-true here"
 
 
 def _time_problem(given: Any) -> str:

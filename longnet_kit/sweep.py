@@ -65,7 +65,7 @@ def sweep(paths: str | Sequence[str], items: Sequence[str]) -> int:
 
     Raises:
         UserError: the grid or a cell's recipe cannot be used; nothing was started then.
-        Ended: SIGINT, SIGTERM or SIGHUP was received. The run that was trained then has ended.
+        Ended: one of `sweep_child.SIGNALS` was received. The run that was trained then has ended.
     """
     cells = _of_all(_recipes([paths] if isinstance(paths, str) else paths), sweep_grid.parse(items))
     with Signals() as signals, sweep_view.view(len(cells)) as view:

@@ -28,6 +28,9 @@ PAUSE = 0.1
 _ENOUGH = 1 << 16
 """Bytes in which the last lines of a log are."""
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+"""What ends a sweep, after the run that is under way."""
+
 
 class Ended(KeyboardInterrupt):
     """A sweep that a signal ends.
@@ -42,13 +45,13 @@ class Ended(KeyboardInterrupt):
 
 
 class Signals:
-    """Keeps SIGINT, SIGTERM and SIGHUP for `pause` while the context lasts: no child is started and then forgotten."""
+    """Keeps `SIGNALS` for `pause` while the context lasts: no child is started and then forgotten."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
 
     def __enter__(self) -> Signals:
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         is_main = threading.current_thread() is threading.main_thread()  # others cannot have handlers
         heeded = [n for n in numbers if is_main and signal.getsignal(n) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._keep) for number in heeded}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import re
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +23,13 @@ from longnet_kit.errors import UserError
 from longnet_kit.parallel.strategies import SequenceParallel
 from longnet_kit.recipe import Recipe
 from longnet_kit.signals import Interrupted
+
+_CLEAN_UP = "Please call `iter(combined_loader)` first"
+"""What Lightning raises while it cleans up after an error of starting a loader."""
+_SHARED_MEMORY = re.compile(
+    r"unable to (write to file|mmap|resize|allocate shared memory).*No space left|DataLoader worker .*Bus error",
+    re.DOTALL,
+)
 
 VALIDATIONS = 5
 """How often a run validates when its recipe does not say."""
@@ -85,7 +95,11 @@ def progress(r: Recipe) -> list[Callback]:
 
 @contextmanager
 def lightning_errors() -> Iterator[None]:
-    """What Lightning finds wrong with a configuration is the user's error too; its advertisements are not shown."""
+    """Errors under Lightning as the user should see them; its advertisements are not shown.
+
+    What Lightning finds wrong with a configuration, and too little shared memory for loader processes, are UserErrors.
+    An error that Lightning's clean-up has hidden behind one of its own is raised itself.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -94,6 +108,25 @@ def lightning_errors() -> Iterator[None]:
             yield
     except MisconfigurationException as error:
         raise UserError(f"trainer: {error}") from error
+    except (OSError, RuntimeError) as error:
+        hidden = error.__context__ if _CLEAN_UP in str(error) else None
+        cause = hidden or error
+        if _is_about_shared_memory(cause):
+            raise UserError(
+                "the data loader's processes ran out of shared memory (/dev/shm); lower data.num_workers, to 0 for "
+                "none, or give it more, as with `docker run --shm-size=1g`"
+            ) from cause
+        if hidden is None:
+            raise
+        raise hidden from None
+
+
+def _is_about_shared_memory(error: BaseException) -> bool:
+    """Whether loader processes could not be started, or not send their batches, for lack of shared memory."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        return any(name.startswith("multiprocessing.") for name in modules)
+    return isinstance(error, RuntimeError) and _SHARED_MEMORY.search(str(error)) is not None
 
 
 def say(text: str) -> None:

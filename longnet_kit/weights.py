@@ -95,9 +95,9 @@ def _read_exported(path: Path) -> dict[str, Any]:
     return {"state_dict": {f"model.{name}": x for name, x in tensors.items()}}
 
 
-def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of tensors, with their names, dtypes and shapes, and of the rest of a file's metadata."""
-    found = hashlib.sha256(json.dumps(dict(sorted(metadata.items()))).encode())
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """SHA-256 of tensors, with their names, dtypes and shapes, and of a file's other metadata."""
+    found = hashlib.sha256(json.dumps(dict(sorted((metadata or {}).items()))).encode())
     for name, x in sorted(tensors.items()):
         found.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
         content: Any = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -274,3 +274,27 @@ def test_it_starts_quickly_and_imports_nothing_heavy(verb: str, seconds: float) 
     program = f"import sys; from longnet_kit import cli; cli.main([{verb!r}]); print(*sys.modules)"
     ended = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
     assert not {"torch", "lightning", "numpy", "omegaconf"} & set(ended.stdout.split())
+
+
+INTERNAL = {
+    "fit": (["fit", "quickstart"], "from longnet_kit import data\ndata.registry.build = broken"),
+    "check-backend": (
+        ["check-backend", "sdpa"], "from longnet_kit.attention.sdpa import SDPA\nSDPA.__init__ = broken",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", INTERNAL)
+def test_a_value_error_inside_of_the_kit_is_a_fault_with_its_traceback(verb: str) -> None:
+    argv, patch = INTERNAL[verb]
+    program = f"""
+def broken(*_, **__): return int("an internal mistake")
+{patch}
+import sys
+from longnet_kit import cli
+sys.exit(cli.main({argv}))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
+    assert ended.returncode == 1, ended.stderr
+    assert "Traceback" in ended.stderr and "ValueError: invalid literal for int()" in ended.stderr
+    assert "longnet: " not in ended.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -9,16 +10,18 @@ import re
 import shutil
 import subprocess
 import sys
+from multiprocessing import synchronize
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from longnet_kit import checkpoint_io, cli, data, experiment, recipe, resume, runs
+from longnet_kit import checkpoint_io, cli, data, experiment, fitting, recipe, resume, runs
 from longnet_kit.callbacks import Board, MetricsTable
-from longnet_kit.data import cache
+from longnet_kit.data import cache, language_modeling
 
 ROOT = Path(__file__).parents[1]
 FLIPS = 50
@@ -330,3 +333,62 @@ def test_a_directory_that_cannot_be_written_is_the_users_error(
     told = capsys.readouterr().err
     assert "runs/tiny/version_0 cannot be written (No space left on device)" in told
     shutil.rmtree("runs", ignore_errors=True)
+
+
+@pytest.mark.parametrize("noticed", ["when it logs", "when it saves"])
+def test_a_run_whose_directory_is_removed_says_so(
+    noticed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Remover(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                shutil.rmtree("runs/tiny/version_0")
+
+    watchers = fitting.watchers
+    monkeypatch.setattr(fitting, "watchers", lambda *given: [Remover(), *watchers(*given)])
+    often = ["trainer.log_every_n_steps=1", "checkpoint.every_n_steps=100"]
+    rarely = ["trainer.log_every_n_steps=100", "checkpoint.every_n_steps=1"]
+    more = often if noticed == "when it logs" else rarely
+    more += ["trainer.max_steps=9", "trainer.val_check_interval=9"]
+    assert cli.main(["fit", "tiny.yaml", *more]) == cli.USER_ERROR
+    told = capsys.readouterr().err
+    assert int(told.partition("ended after step ")[2][0]) in (3, 4)
+    assert "longnet: runs/tiny/version_0 was removed while the run wrote into it" in told
+    assert not Path("runs/tiny/version_0").exists(), "it is not made again without its recipe"
+
+
+SHARED_MEMORY = {
+    "no process": OSError(errno.ENOSPC, "No space left on device"),
+    "no batch": RuntimeError("unable to write to file </torch_17_42_0>: No space left on device (28)"),
+}
+
+
+@pytest.mark.parametrize("where", SHARED_MEMORY)
+def test_too_little_shared_memory_for_loaders_is_named(
+    where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torch and multiprocessing say it, where a semaphore or a batch finds no room."""
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise SHARED_MEMORY[where]
+
+    if where == "no process":
+        monkeypatch.setattr(synchronize._multiprocessing, "SemLock", failing)
+    else:
+        monkeypatch.setattr(language_modeling.Windows, "__getitem__", failing)
+    for number in (0, 2):
+        code = cli.main(["fit", "tiny.yaml", "data.num_workers=1", f"trainer.num_sanity_val_steps={number}"])
+        told = capsys.readouterr().err
+        assert code == cli.USER_ERROR and "ran out of shared memory (/dev/shm); lower data.num_workers" in told
+        assert "combined_loader" not in told
+
+
+def test_an_error_of_starting_loaders_is_not_hidden_by_lightnings_clean_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: Any) -> None:
+        raise data.DataError("this text cannot be read")
+
+    monkeypatch.setattr(language_modeling.ResumableLoader, "_get_iterator", failing)
+    assert cli.main(["fit", "tiny.yaml"]) == cli.USER_ERROR
+    assert capsys.readouterr().err == "longnet: this text cannot be read\n"

@@ -358,3 +358,24 @@ def test_importing_the_module_is_light() -> None:
     program = f"import sys; from longnet_kit import recipe; print(*sorted({heavy} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == ""
+
+
+def test_an_eps_that_is_0_in_half_precision_is_refused_with_what_to_use(tmp_path: Path) -> None:
+    half = SMALLEST.replace("trainer: {", "trainer: {precision: 16-true, ")
+    message = refusal(write(tmp_path, half))
+    assert "got '16-true' with optimizer.eps 1e-08, which is 0 in the weights' float16" in message
+    assert "use optimizer.eps=1e-4, or 16-mixed or bf16-true here" in message
+    for fine in ("{name: sgd}", "{eps: 1.0e-4}"):
+        assert load_text(tmp_path, f"{half}optimizer: {fine}\n").trainer["precision"] == "16-true"
+    assert recipe.load(write(tmp_path, half), ["trainer.precision=16-mixed"]).optimizer.eps == 1e-8
+    for wrong in ("0", ".inf", ".nan", "-1", "1" + "0" * 400, "abc", "null"):
+        assert "optimizer.eps (" in refusal(write(tmp_path, f"{half}optimizer: {{eps: {wrong}}}\n")), wrong
+
+
+def test_a_decay_that_half_precision_loses_is_noted(tmp_path: Path) -> None:
+    r = load_text(tmp_path, SMALLEST.replace("trainer: {", "trainer: {precision: bf16-true, "))
+    assert r.notes == [
+        "optimizer.weight_decay 0.01 at lr 0.003 is lost in the rounding of the weights under trainer.precision "
+        "bf16-true; it works under bf16-mixed or 16-mixed"
+    ]
+    assert load_text(tmp_path, SMALLEST.replace("trainer: {", "trainer: {precision: bf16-mixed, ")).notes == []

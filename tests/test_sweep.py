@@ -275,7 +275,12 @@ def test_a_run_that_stops_or_vanishes_is_not_called_finished(start: Callable[...
 @needs_proc
 @pytest.mark.parametrize(
     ("number", "devices"),
-    [(signal.SIGINT, 1), (signal.SIGTERM, 2), pytest.param(signal.SIGHUP, 1, marks=pytest.mark.soak)],
+    [
+        (signal.SIGINT, 1),
+        (signal.SIGTERM, 2),
+        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.soak),
+        pytest.param(signal.SIGHUP, 1, marks=pytest.mark.soak),
+    ],
 )
 def test_a_signal_ends_the_run_and_the_sweep(number: signal.Signals, devices: int, start: Callable[..., Sweep]) -> None:
     Path("slow").touch()

@@ -171,6 +171,8 @@ class Saving(Checkpoint):
                 with suppress(OSError):  # links and old checkpoints are no reason to end a run
                     self._sort_out()
             return ""
+        if not is_last and trainer.strategy.broadcast(not self.folder.parent.is_dir()):
+            raise SaveError(f"step {step} could not be saved: {self.folder.parent} is gone")
         is_told = step in self._failed
         self._failed.add(step)
         told = f"step {step} could not be saved in {self.folder} ({problem})"

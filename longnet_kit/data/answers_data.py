@@ -86,5 +86,5 @@ class AnswersData(LanguageModelingData):
     def _windows(self, split: Split) -> Examples:
         return Examples(self.source, split, self.seq_len)
 
-    def _identity(self) -> str:
+    def identity(self) -> str:
         return cache.folder_of(self.source, self.tokenizer).name

@@ -101,7 +101,7 @@ class LabelledData(LanguageModelingData):
         """Nothing: it is for losses of tokens."""
         return {}
 
-    def _identity(self) -> str:
+    def identity(self) -> str:
         return cache.folder_of(self.source, self.tokenizer).name
 
     def _windows(self, split: Split) -> Examples:

@@ -192,12 +192,12 @@ class LanguageModelingData(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, after the last whole optimizer step: what has been read ahead does not count."""
         position = self._position(whole_steps=True)
-        return {**position._asdict(), "identity": self._identity(), "seq_len": self.seq_len}
+        return {**position._asdict(), "identity": self.identity(), "seq_len": self.seq_len}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`, also with another number of ranks; warns when the tokens are others now."""
         self._resumed = Position(state_dict["batches"], state_dict["windows"])
-        same = {"identity": self._identity(), "seq_len": self.seq_len}
+        same = {"identity": self.identity(), "seq_len": self.seq_len}
         if any(state_dict[key] != value for key, value in same.items()):
             rank_zero_warn(
                 "the training data is not the same as when the checkpoint was written; training goes on at the same "
@@ -245,7 +245,7 @@ class LanguageModelingData(LightningDataModule):
         windows = self._windows(split)
         return self._loader(windows, EvaluationSampler(windows, replicas=replicas, rank=rank))
 
-    def _identity(self) -> str:
+    def identity(self) -> str:
         """Equal where the training data is."""
         return self._opened().identity
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from longnet_kit.model.image_encoder import ImageClassifier, ImageEncoder, LongViT
-from longnet_kit.model.precision import compute_dtype
+from longnet_kit.model.precision import compute_dtype, weight_dtype
 from longnet_kit.model.slide_encoder import SlideEncoder
 from longnet_kit.model.transformer import Transformer
 
@@ -22,6 +22,7 @@ __all__ = [
     "Transformer",
     "build",
     "compute_dtype",
+    "weight_dtype",
 ]
 
 

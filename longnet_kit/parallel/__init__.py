@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from longnet_kit.parallel.agreement import agree
+from longnet_kit.parallel.agreement import agree, check_same, connect, together
 from longnet_kit.parallel.fsdp import SequenceParallelFSDPStrategy
-from longnet_kit.parallel.strategies import SequenceParallelStrategy
+from longnet_kit.parallel.strategies import SequenceParallelStrategy, is_started_by_others
 
-__all__ = ["SequenceParallelFSDPStrategy", "SequenceParallelStrategy", "agree"]
+__all__ = [
+    "SequenceParallelFSDPStrategy",
+    "SequenceParallelStrategy",
+    "agree",
+    "check_same",
+    "connect",
+    "is_started_by_others",
+    "together",
+]
 
 for _strategy in (SequenceParallelStrategy, SequenceParallelFSDPStrategy):
     if _strategy.strategy_name not in StrategyRegistry:

@@ -12,8 +12,10 @@ import inspect
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -21,8 +23,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.strategy import Strategy
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +44,9 @@ TIMEOUT = 600.0
 
 _GRACE = 5.0
 """Seconds that other ranks of a failed job have to end by themselves."""
+
+_REFUSED = 2
+"""The exit code of a rank that refuses its recipe or data; the first rank has reported why."""
 
 _LAUNCHER = "LONGNET_LAUNCHER"
 """The environment variable by which ranks know the process that started them, itself the first rank."""
@@ -141,8 +148,9 @@ class SequenceParallel(Strategy):
         super().teardown()
 
     def _configure_launcher(self) -> None:
-        super()._configure_launcher()
-        if not self.cluster_environment.creates_processes_externally:  # type: ignore[attr-defined]
+        environment: Any = self.cluster_environment  # type: ignore[attr-defined]
+        if not environment.creates_processes_externally:
+            self._launcher = Launcher(environment, self.num_processes, self.num_nodes)  # type: ignore[attr-defined]
             os.environ[_LAUNCHER] = str(os.getpid())
 
     def on_exception(self, exception: BaseException) -> None:
@@ -150,9 +158,10 @@ class SequenceParallel(Strategy):
         super().on_exception(exception)
         if isinstance(exception, Exception) and not isinstance(exception, (UserError, *self.told_elsewhere)):
             terminal.tell(self._last_words(exception))
+        deadline = time.monotonic() + _GRACE
         for process in getattr(self.launcher, "procs", ()):
             try:
-                process.wait(_GRACE)
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
         if is_about_transfers(exception) and was_started_by_a_rank():
@@ -171,6 +180,38 @@ class SequenceParallel(Strategy):
     def _module(self) -> LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Starts the other ranks of this machine, and ends this one with exit code 1 where one of them is lost.
+
+    Lightning's own kills this process by SIGKILL instead, also while it reports what has happened.
+    """
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            threading.Thread(target=_watch, args=(self.procs,), daemon=True, name="ranks").start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+
+def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End this process if one of the others fails, unless it ends by itself: a transfer may wait for long."""
+    while not (failed := [process for process in processes if process.poll()]):
+        if all(process.returncode == 0 for process in processes):
+            return
+        time.sleep(0.5)
+    time.sleep(2 * _GRACE)
+    code = failed[0].returncode
+    print(
+        f"longnet_kit: another rank (process {failed[0].pid}) has ended with code {code}: ends too",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    for process in processes:
+        process.kill()
+    os._exit(code if code == _REFUSED else 1)
 
 
 class SequenceParallelStrategy(SequenceParallel, DDPStrategy):
@@ -203,6 +244,12 @@ class SequenceParallelStrategy(SequenceParallel, DDPStrategy):
         assert self.accelerator is not None
         self.accelerator.setup_device(self.root_device)
         self.setup_distributed()
+
+
+def is_started_by_others(trainer: Trainer) -> bool:
+    """Whether this process is one of several that somebody else has started, a rank or a scheduler."""
+    strategy: Any = trainer.strategy
+    return isinstance(strategy, SequenceParallel) and strategy.cluster_environment.creates_processes_externally  # type: ignore[attr-defined]
 
 
 def was_started_by_a_rank() -> bool:

@@ -23,10 +23,10 @@ def build(options: recipe.Optimizer, model: nn.Module) -> Optimizer:
 
     Weight decay is for matrices only: biases and layer norms have none. The embedding, which is the head too, is one of
     the matrices. `adam` adds the decay to the gradient, `adamw` decouples it; `sgd` has no momentum and ignores the
-    betas. None is fused: Lightning refuses to clip the gradients of a fused one under mixed precision.
+    betas and `eps`. None is fused: Lightning refuses to clip the gradients of a fused one under mixed precision.
 
     Raises:
-        UserError: an unknown optimizer.
+        UserError: an unknown optimizer, or `eps` is 0 in the dtype of a parameter.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -38,8 +38,24 @@ def build(options: recipe.Optimizer, model: nn.Module) -> Optimizer:
     kinds: dict[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
     if options.name not in kinds:
         raise UserError(f"the optimizer is {options.name!r}, expected 'adamw', 'adam' or 'sgd'")
+    for dtype in {p.dtype for p in parameters}:
+        if problem := eps_problem(options.name, options.eps, dtype):
+            raise UserError(f"optimizer.eps: got {options.eps:g}, {problem}")
     beta1, beta2 = options.betas
-    return kinds[options.name](groups, lr=options.lr, betas=(beta1, beta2))
+    return kinds[options.name](groups, lr=options.lr, betas=(beta1, beta2), eps=options.eps)
+
+
+def eps_problem(name: str, eps: float, dtype: torch.dtype) -> str:
+    """Why an optimizer cannot train weights of a dtype with this `eps`; empty where it can."""
+    if name == "sgd" or torch.tensor(eps, dtype=dtype).item() > 0:
+        return ""
+    short = str(dtype).removeprefix("torch.")
+    return f"which is 0 in the weights' {short}, so that {name} would divide by 0; use optimizer.eps=1e-4"
+
+
+def decay_vanishes(options: recipe.Optimizer, dtype: torch.dtype) -> bool:
+    """Whether the decay that `adamw` applies to weights of a dtype rounds to none, at the highest learning rate."""
+    return options.name == "adamw" and 0 < options.lr * options.weight_decay < torch.finfo(dtype).eps / 4
 
 
 def schedule(options: recipe.Optimizer, optimizer: Optimizer, max_steps: int) -> LambdaLR:

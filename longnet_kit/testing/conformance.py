@@ -84,7 +84,7 @@ def main_check(name: str, options: Mapping[str, Any]) -> int:
         )
     try:
         backend = attention.build({"backend": name, **options})
-    except ValueError as error:  # of a plug-in's constructor too
+    except UserError as error:
         raise UserError(f"check-backend {name}: {error}") from error
     checks = run_checks(backend)
     for check in checks:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,14 +28,15 @@ ENDLESS += ["checkpoint.every_n_steps=1000000", f"strategy.timeout={TIMEOUT}"]
 class Job:
     """A training of two ranks that would go on for long; `pids` are theirs, in order."""
 
-    def __init__(self, folder: Path, by_command: bool) -> None:
+    def __init__(self, folder: Path, by_command: bool, own_group: bool = False) -> None:
         self.log = folder / "log.txt"
         command = [sys.executable, "-m", "longnet_kit.cli", *ENDLESS]
         shared = desk.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ranks.free_port()), NODE_RANK="0")
         own = [{}] if by_command else [{"LOCAL_RANK": str(rank)} for rank in (0, 1)]
         with self.log.open("w") as log:
+            output: Any = {"stdout": log, "stderr": subprocess.STDOUT}
             self.started = [
-                subprocess.Popen(command, cwd=folder, env=shared | more, stdout=log, stderr=subprocess.STDOUT)
+                subprocess.Popen(command, cwd=folder, env=shared | more, start_new_session=own_group, **output)
                 for more in own
             ]
         metrics = folder / "runs/tiny/version_0/metrics.csv"
@@ -107,8 +109,10 @@ def test_a_lost_rank_ends_the_job(
     assert f"longnet_kit: rank {other} of 2 ends: another rank died, or did not answer within {TIMEOUT} s" in log
     assert "Traceback" not in log
     for process, rank in zip(job.started, (0, 1), strict=False):
-        if job.is_gone(rank):
-            assert process.wait() != 0
+        if rank == other:
+            assert process.wait() == 1
+        elif job.is_gone(rank):  # the system's code of what was killed
+            assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks of a job in /proc")
@@ -130,3 +134,56 @@ def test_a_signal_to_one_rank_ends_all_at_one_checkpoint(
     last = int(runs.metrics_until(run, 10**9)[-1]["step"])
     assert step - 1 <= last <= step, "no step is lost; every second one is logged"
     assert [process.wait() for process in job.started] == [143] * len(job.started)
+
+
+LONG_STEP = """
+import os, time
+from pathlib import Path
+from longnet_kit.tasks import LanguageModeling
+
+step = LanguageModeling.training_step
+
+def slow(self, batch, batch_idx):
+    if os.environ.get("LOCAL_RANK", "0") == "0" and Path("hang").exists():
+        Path("in_step").touch()
+        time.sleep(100)
+    return step(self, batch, batch_idx)
+
+LanguageModeling.training_step = slow
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks of a job in /proc")
+def test_a_rank_that_is_lost_during_a_long_step_of_the_first_ends_the_command_with_1(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(LONG_STEP)
+    desk.lay(tmp_path)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(recipe.read_text() + "imports: [slow]\n")
+    job = Job(tmp_path, by_command=True)
+    try:
+        (tmp_path / "hang").touch()
+        wait_until((tmp_path / "in_step").exists, 60)
+        os.kill(job.pids[1], signal.SIGKILL)
+        wait_until(lambda: job.is_gone(0), 30)
+        assert job.started[0].wait() == 1, job.log.read_text()
+        assert f"another rank (process {job.pids[1]}) has ended with code -9: ends too" in job.log.read_text()
+    finally:
+        job.end()
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks of a job in /proc")
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+def test_a_signal_to_the_group_of_a_command_with_two_ranks_has_its_exit_code(
+    number: str, code: int, tmp_path: Path
+) -> None:
+    desk.lay(tmp_path)
+    job = Job(tmp_path, by_command=True, own_group=True)
+    try:
+        os.killpg(job.pids[0], getattr(signal, number))
+        wait_until(lambda: job.is_gone(0) and job.is_gone(1), TIMEOUT)
+        assert job.started[0].wait() == code, job.log.read_text()
+        assert f"longnet: {number} ended the run after step" in job.log.read_text()
+    finally:
+        job.end()

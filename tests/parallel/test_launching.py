@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from longnet_kit import placement, recipe
+from longnet_kit.errors import UserError
 from tests.parallel import desk, ranks
 
 pytestmark = pytest.mark.timeout(600)
+ALONE = ["trainer.devices=1", "strategy.name=auto", "strategy.sequence_parallel_size=1"]
 COMMAND = ["-m", "longnet_kit.cli", "fit", "tiny.yaml"]
 NOTING = """
 import functools, json
@@ -200,3 +205,135 @@ def test_process_groups_outlive_the_interpreter(strategy: str, folder: Path) -> 
     )
     out = together([[sys.executable, "script.py"]], folder, [desk.environment()])[0]
     assert out.count("kept True") == 2
+
+
+def by_hand(
+    folder: Path, own: list[list[str]], kind: str = "plain", verb: Sequence[str] = ("fit", "tiny.yaml"), **more: str
+) -> list[tuple[int, str]]:
+    """Exit code and output of each rank, all started with arguments and variables of their own."""
+    shared = desk.environment(**{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port()), **more})
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "longnet_kit.cli", *verb, *arguments], cwd=folder, text=True,
+            env=shared | variables_of(kind, rank), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank, arguments in enumerate(own)
+    ]  # fmt: skip
+    try:
+        return [(process.communicate(timeout=100)[0], process.returncode)[::-1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def variables_of(kind: str, rank: int) -> dict[str, str]:
+    """The variables of one of two ranks."""
+    if kind == "plain":
+        return {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+    if kind == "torchrun":
+        return {
+            "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+            "TORCHELASTIC_RUN_ID": "job",
+        }  # fmt: skip
+    return {
+        "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "20000", "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+        "SLURM_STEP_NUM_TASKS": "2",
+    }  # fmt: skip
+
+
+SLOW = pytest.mark.soak
+OTHER_EXAMPLES = ["task=in_context", "data.source=passkey", "data.seq_len=64", "data.distances=[32]", "data.keys=1"]
+OTHER_EXAMPLES += ["data.batch_size=2", "data.eval_contexts=[]"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy", "both", "second", "named"),
+    [
+        (
+            "plain", "auto", [], ["optimizer.lr=0.5", "trainer.max_steps=9", "checkpoint.every_n_steps=5"],
+            ["optimizer.lr is 0.5 on rank 1 and 0.01 on rank 0", "trainer.max_steps is 9 on rank 1 and 6 on rank 0",
+             "checkpoint.every_n_steps is 5 on rank 1 and 2 on rank 0"],
+        ),
+        ("slurm", "fsdp", [], ["data.paths=[other.txt]"], ["paths: ['other.txt']", "paths: ['text.txt']"]),
+        pytest.param("torchrun", "ddp", [], ["seed=3"], ["seed is 3 on rank 1 and 1234 on rank 0"], marks=SLOW),
+        pytest.param(
+            "torchrun", "sequence_parallel", [], ["data.paths=[short.txt]"],
+            ["data.seq_len 32 needs at least 33 tokens"], marks=SLOW,
+        ),
+        pytest.param(
+            "plain", "ddp", OTHER_EXAMPLES, ["data.examples_seed=7"], ["examples_seed: 7", "examples_seed: 0"],
+            marks=SLOW,
+        ),
+        pytest.param(
+            "torchrun", "fsdp", ["init_from=one.safetensors"], ["init_from=two.safetensors"],
+            ["the digest of init_from's weights is"], marks=SLOW,
+        ),
+    ],
+)  # fmt: skip
+def test_ranks_that_disagree_end_before_the_first_step_and_name_both_values(
+    kind: str, strategy: str, both: list[str], second: list[str], named: list[str], folder: Path
+) -> None:
+    (folder / "other.txt").write_text((folder / "text.txt").read_text().replace("return", "yield"))
+    (folder / "short.txt").write_text("short")
+    if "init_from=one.safetensors" in both:
+        for name in ("one", "two"):
+            desk.longnet(folder, "fit", "tiny.yaml", f"name={name}", "seed=" + str(len(name) + ord(name[0])), *ALONE)
+            desk.longnet(folder, "export", f"runs/{name}", f"{name}.safetensors")
+        (folder / "runs").rename(folder / "before")
+    shared = [f"strategy.name={strategy}", *both]
+    size = [] if strategy == "sequence_parallel" else ["strategy.sequence_parallel_size=1"]
+    for code, output in by_hand(folder, [[*shared, *size], [*shared, *size, *second]], kind):
+        assert code == 2 and "Traceback" not in output, output
+        assert all(words in output for words in named), output
+        assert "step 2/6" not in output and "another rank died" not in output
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.soak
+def test_ranks_may_read_copies_of_one_text_by_different_paths(folder: Path) -> None:
+    (folder / "copy.txt").write_text((folder / "text.txt").read_text())
+    ended = by_hand(folder, [["description=first"], ["data.paths=[copy.txt]", "data.num_workers=1"]], "torchrun")
+    assert [code for code, _ in ended] == [0, 0], ended
+
+
+@pytest.mark.soak
+def test_ranks_that_disagree_on_what_to_validate_end(folder: Path) -> None:
+    desk.longnet(folder, "fit", "tiny.yaml", "trainer.devices=1", "strategy.name=auto")
+    more = ["trainer.devices=2", "strategy.name=ddp", "strategy.sequence_parallel_size=1"]
+    own = [more, [*more, "data.eval_contexts=[7]"]]
+    for code, output in by_hand(folder, own, "torchrun", verb=["validate", "runs/tiny"]):
+        assert code == 2 and "data.eval_contexts is [7] on rank 1 and [6, 16] on rank 0" in output, output
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LOCAL_RANK": "1"},
+        {"LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+        {"SLURM_PROCID": "1"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "job"},
+    ],
+)
+def test_a_rank_of_more_processes_than_its_recipe_has_is_refused(
+    variables: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be a run of its own."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"trainer.devices: the recipe is for 1 devices .* has (2|more) processes"):
+        placement.check_world(recipe.load(folder / "tiny.yaml", ALONE))
+
+
+def test_a_port_that_is_taken_is_named(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        first = desk.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port) | variables_of("plain", 0)
+        ended = subprocess.run(
+            [sys.executable, *COMMAND], cwd=folder, env=first, capture_output=True, text=True, timeout=100
+        )
+    assert ended.returncode == 2, ended.stderr
+    assert f"longnet: port {port} is in use by another process of this machine; set the environment" in ended.stderr
+    assert "Traceback" not in ended.stderr

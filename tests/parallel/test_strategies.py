@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from longnet_kit import attention
 from longnet_kit.attention.sharding import bind
 from longnet_kit.parallel import SequenceParallelFSDPStrategy, SequenceParallelStrategy, batches, threads
 from longnet_kit.parallel.strategies import is_about_transfers
-from tests.parallel import ranks
+from tests.parallel import desk, ranks
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*does not have many workers"), pytest.mark.timeout(600)]
 
@@ -167,3 +169,19 @@ def test_any_lightning_module_trains_on_shards(strategy: str, tmp_path: Any) -> 
     for name, gradient in alone.gradients.items():
         for rank in (0, 1):
             torch.testing.assert_close(found[rank]["gradients"][name], gradient, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("code", "own"), [(-9, 1), (2, 2), (0, 7)])
+def test_a_first_rank_that_waits_ends_when_another_has_failed(code: int, own: int) -> None:
+    """With 2 where the other refuses the recipe, else 1; without a failure it goes on to its own end, here 7."""
+    child = f"import os, sys; os.kill(os.getpid(), 9) if {code} < 0 else sys.exit({code})"
+    program = (
+        "import subprocess, sys, threading, time\n"
+        "from longnet_kit.parallel import strategies\n"
+        "strategies._GRACE = 0.1\n"
+        f"other = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "threading.Thread(target=strategies._watch, args=([other],), daemon=True).start()\n"
+        f"time.sleep({1.5 if code == 0 else 60})\n"
+        "sys.exit(7)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], env=desk.environment(), timeout=60).returncode == own

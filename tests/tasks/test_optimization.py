@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,3 +63,42 @@ def test_unknown_names_are_refused() -> None:
     optimizer = optimization.build(options(), network())
     with pytest.raises(ValueError, match="'step'"):
         optimization.schedule(options(schedule="step"), optimizer, 5)
+
+
+def test_eps_is_that_of_the_section() -> None:
+    """One step of Adam from scratch moves a weight by lr * g / (|g| + eps)."""
+    for name in ("adam", "adamw"):
+        weight = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+        before = weight.weight.item()
+        optimizer = optimization.build(options(name=name, lr=0.5, eps=0.25), weight)
+        weight.weight.grad = torch.full((1, 1), 0.75, dtype=torch.float64)
+        optimizer.step()
+        assert before - weight.weight.item() == pytest.approx(0.5 * 0.75 / (0.75 + 0.25), abs=1e-12)
+
+
+def test_an_eps_that_is_0_in_the_dtype_of_the_weights_is_refused() -> None:
+    half = network().half()
+    for name in ("adam", "adamw"):
+        with pytest.raises(ValueError, match=r"optimizer.eps: got 1e-08, which is 0 in the weights' float16.*eps=1e-4"):
+            optimization.build(options(name=name), half)
+        optimization.build(options(name=name, eps=1e-4), half)
+        optimization.build(options(name=name), network().bfloat16())
+    optimization.build(options(name="sgd"), half)
+
+
+def test_a_decay_is_lost_exactly_where_no_weight_changes() -> None:
+    for dtype, lost in ((torch.float16, 2e-4), (torch.bfloat16, 1.9e-3), (torch.float32, 2e-8)):
+        weights = torch.linspace(0.5, 2, 1000).to(dtype)
+        for factor in (lost, 4 * lost):
+            section = options(name="adamw", lr=1.0, weight_decay=factor)
+            parameter = torch.nn.Parameter(weights.clone().view(1, -1))
+            parameter.grad = torch.zeros_like(parameter)
+            optimization.build(SimpleNamespace(**vars(section) | {"eps": 1e-4}), _Holder(parameter)).step()
+            is_unchanged = torch.equal(parameter.view(-1), weights)
+            assert optimization.decay_vanishes(section, dtype) is is_unchanged is (factor == lost), (dtype, factor)
+
+
+class _Holder(torch.nn.Module):
+    def __init__(self, parameter: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.parameter = parameter

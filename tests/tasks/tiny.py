@@ -21,7 +21,7 @@ BYTES_PER_TOKEN = {"train": 1.0, "val": 1.7, "test": 2.5}
 
 def options(**changes: Any) -> Any:
     """An optimizer section."""
-    settings = {"name": "sgd", "lr": 0.1, "betas": [0.9, 0.98], "weight_decay": 0.0, "warmup_steps": 0}
+    settings = {"name": "sgd", "lr": 0.1, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 0.0, "warmup_steps": 0}
     return SimpleNamespace(**(settings | {"schedule": "constant"} | changes))
 
 
