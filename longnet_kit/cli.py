@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -232,7 +233,7 @@ _CALLS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def _whole_number(item: str, what: str) -> int:
     value = item.partition("=")[2]
-    if not (value.isascii() and value.isdigit()):
+    if not re.fullmatch("[0-9]{1,18}", value):
         raise cli_arguments.UsageError(f"{item}: expected a whole number, of {what}")
     return int(value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -96,7 +97,7 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
         UserError: there is no run or no checkpoint, or its data cannot be used.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False for a name that no folder can have
         path = runs.ROOT / recipe.load(path, overrides or []).name
     directory = runs.find(path)
     r = recipe.load_saved(directory, overrides or [])
