@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -250,7 +251,7 @@ _CALLS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def _whole_number(item: str, what: str) -> int:
     value = item.partition("=")[2]
-    if not (value.isascii() and value.isdigit()):
+    if not re.fullmatch("[0-9]{1,18}", value):
         raise cli_arguments.UsageError(f"{item}: expected a whole number, of {what}")
     return int(value)
 

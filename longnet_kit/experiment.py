@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -98,7 +99,7 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
         UserError: there is no run or no checkpoint, or its data cannot be used.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False for a name that no folder can have
         path = runs.ROOT / recipe.load(path, overrides or []).name
     ckpt = runs.newest(path, say)
     r = recipe.load_saved(runs.of_checkpoint(ckpt), overrides or [])

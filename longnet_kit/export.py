@@ -6,6 +6,7 @@ Tensors are named as in the bare network's state_dict and keep their dtype. The 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def _find(run: Path, checkpoint: Path | None) -> Path:
     """The checkpoint that is meant."""
     if run.suffix == ".ckpt":
         raise UserError(f"{run} is a checkpoint; give the run that it is of, and --checkpoint {run}")
-    if not run.is_dir():
+    if not os.path.isdir(run):  # False for a name that no folder can have
         run = runs.ROOT / recipe.load(run).name
     if checkpoint is None:
         return runs.newest(run)

@@ -298,3 +298,20 @@ sys.exit(cli.main({argv}))
     assert ended.returncode == 1, ended.stderr
     assert "Traceback" in ended.stderr and "ValueError: invalid literal for int()" in ended.stderr
     assert "longnet: " not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["plan", "quickstart", "devices=" + "9" * 5000],
+        ["pattern", "quickstart", "length=" + "9" * 5000],
+        ["validate", "x" * 5000],
+        ["export", "x" * 5000, "out.safetensors"],
+        ["generate", "x" * 5000, "--prompt", "a"],
+    ],
+)
+def test_names_and_numbers_that_are_too_long_are_the_users_error(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    assert capsys.readouterr().err.startswith("longnet: ")

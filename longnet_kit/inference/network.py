@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -119,7 +120,7 @@ def find(source: str | Path, say: runs.Say = terminal.tell) -> tuple[Recipe, Pat
 def _of_run(source: Path, say: runs.Say) -> tuple[Recipe, Path]:
     if source.suffix == ".ckpt":
         raise UserError(f"{source} is a checkpoint; give the run that it is of, or `longnet export` it first")
-    if not source.is_dir():
+    if not os.path.isdir(source):  # False for a name that no folder can have
         source = runs.ROOT / recipe.load(source).name
     path = runs.newest(source, say)
     return recipe.load_saved(runs.of_checkpoint(path)), path

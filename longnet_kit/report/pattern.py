@@ -100,9 +100,9 @@ def _write(pattern: Pattern, length: int, heads: int, causal: bool, output: Path
     figure = pattern_figure(pattern, length, heads, causal, note)
     try:
         figure.savefig(output, dpi=_DOTS_PER_INCH, format=output.suffix[1:].lower())
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
         raise UserError(
-            f"the figure cannot be written to {str(output)!r} ({error.strerror or error}); "
+            f"the figure cannot be written to {str(output)!r} ({getattr(error, 'strerror', None) or error}); "
             "name a file in a folder that exists and can be written to"
         ) from error
 
