@@ -86,7 +86,7 @@ def save(folder: Path, step: int) -> None:
     saving = callbacks.Saving(
         every_n_steps=1, keep=KEEP, keep_best=True, generators=callbacks.Generators(), listener=signals.Listener()
     )
-    saving.begin(folder, {})
+    saving.begin(folder, {}, {})
     saving._save(trainer)
     assert not io.problem, io.problem
 
