@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from longnet_kit import cli, durable, recipe, resume, run_lock, runs, weights
+from longnet_kit import checkpoint_io, cli, durable, recipe, resume, run_lock, runs, weights
 from longnet_kit.data import files
 from longnet_kit.data.errors import DataError
 from longnet_kit.data.huggingface import HuggingFace
@@ -237,21 +237,51 @@ def flipped(path: Path, rng: random.Random) -> None:
     path.write_bytes(content)
 
 
-def test_a_flipped_bit_in_the_state_of_a_stream_never_changes_it(tmp_path: Path) -> None:
-    rng, state = random.Random(0), {"position": 5, "cache": torch.arange(2000.0)}
-    told: list[str] = []
+STATE = {"position": 5, "cache": torch.arange(2000.0)}
+
+
+def test_a_flipped_bit_anywhere_in_the_state_of_a_stream_is_found(tmp_path: Path) -> None:
+    rng = random.Random(0)
     for number in range(60):
         path = tmp_path / f"{number}.pt"
-        torch.save(state, path)
+        checkpoint_io.write(STATE, path)
+        read = stream_files._read_state(path)
+        assert read is not None and torch.equal(read["cache"], STATE["cache"])
         flipped(path, rng)
-        try:
-            read = stream_files._read_state(path)
-        except UserError as error:
-            told.append(str(error))
-        else:  # the bit was in a part of the archive that nothing reads
-            assert read is not None and read["position"] == 5 and torch.equal(read["cache"], state["cache"])
-    assert len(told) > 40
-    assert all(" is damaged (" in words and words.endswith("delete it to read from the beginning") for words in told)
+        with pytest.raises(UserError, match=rf"{number}\.pt is damaged \(.*delete it to read from the beginning"):
+            stream_files._read_state(path)
+
+
+def test_a_state_without_a_checksum_is_read_as_checkpoints_are(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "state.pt")
+    read = stream_files._read_state(tmp_path / "state.pt")
+    assert read is not None and read["position"] == 5 and torch.equal(read["cache"], STATE["cache"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
+def test_a_kill_while_a_state_is_replaced_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    path, seen = tmp_path / "state.pt", []
+    for calls in range(1, 20):
+        checkpoint_io.write({"position": 1}, path)
+        if (child := os.fork()) == 0:
+            left = calls
+
+            def audit(event: str, _: object) -> None:
+                nonlocal left
+                left -= event in ("open", "os.remove", "os.rename")
+                if left == 0:
+                    os._exit(9)
+
+            sys.addaudithook(audit)
+            checkpoint_io.write({"position": 2}, path)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        read = stream_files._read_state(path)
+        assert read is not None
+        seen.append(read["position"])
+        if code == 0:
+            break
+    assert code == 0 and seen == sorted(seen) and seen.count(1) >= 4 and seen.count(2) >= 2
 
 
 def test_a_flipped_bit_in_an_exported_file_is_found(tmp_path: Path) -> None:

@@ -261,6 +261,17 @@ def test_a_damaged_state_is_told(content: bytes | None) -> None:
     assert read(output="out").tokens == N + 2
 
 
+def test_a_bit_flipped_where_an_archive_has_no_checksum_of_its_own_is_told() -> None:
+    read(output="out")
+    state = Path("out/state.pt")
+    content = bytearray(state.read_bytes())
+    content[content.index(b"ZZZZ")] ^= 1  # torch's padding
+    state.write_bytes(content)
+    with pytest.raises(ValueError, match=r"out/state.pt is damaged \(.*\); delete it to read from the beginning"):
+        read(output="out")
+    assert state.read_bytes() == content, "nothing is lost"
+
+
 def test_a_limit_that_has_no_effect_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
     read(max_cached=5)
     assert "note: --max-cached has no effect: the cache of this model does not grow" in capsys.readouterr().out
