@@ -44,12 +44,9 @@ class StagedCheckpointIO(TorchCheckpointIO):
         self.problem = ""
         try:
             target.parent.mkdir(exist_ok=True)  # but no run directory: one that was removed stays so
-            _write(checkpoint, target)
+            write(checkpoint, target)
         except OSError as error:
             self.problem = error.strerror or str(error)
-            for left_over in (durable.staged(target), durable.staged(checksum_file(target))):
-                with suppress(OSError):
-                    left_over.unlink(missing_ok=True)
 
 
 def checksum_file(checkpoint: Path) -> Path:
@@ -133,8 +130,25 @@ def _damage(file: Path, size: int, changed: int) -> str:
     return f"the checksum of its part {damaged} is wrong" if damaged else ""
 
 
+def write(content: dict[str, Any], target: Path) -> None:
+    """Write what `torch.save` takes, with a checksum file; a kill at any time leaves the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written. As after any error, nothing of it is left.
+    """
+    try:
+        _write(content, target)
+    except BaseException:
+        for left_over in (durable.staged(target), durable.staged(checksum_file(target))):
+            with suppress(OSError):
+                left_over.unlink(missing_ok=True)
+        raise
+
+
 def _write(checkpoint: dict[str, Any], target: Path) -> None:
     checksum = checksum_file(target)
+    for left_over in (durable.staged(target), durable.staged(checksum)):
+        left_over.unlink(missing_ok=True)  # opening a pipe would wait
     with durable.staged(target).open("wb") as file:
         hashing = _Hashing(file)
         try:
@@ -147,9 +161,11 @@ def _write(checkpoint: dict[str, Any], target: Path) -> None:
         file.write(f"{hashing.digest()}  {target.name}\n")
         file.flush()
         os.fsync(file.fileno())
-    target.unlink(missing_ok=True)  # never an old checkpoint beside the new one's checksum
-    os.replace(durable.staged(checksum), checksum)
-    os.replace(durable.staged(target), target)
+    new = [target, checksum] if target.exists() else [checksum, target]
+    if new[0] == target:
+        checksum.unlink(missing_ok=True)  # never a checksum next to a file that it was not written for
+    for file in new:
+        os.replace(durable.staged(file), file)
     durable.sync_folder(target.parent)
 
 

@@ -40,7 +40,10 @@ def opened(path: str | Path, at_most: int | None = None) -> io.BufferedReader:
 def read(path: str | Path, at_most: int = SMALL) -> bytes:
     """Read a regular file as a whole; see `opened` for what is raised."""
     with opened(path, at_most) as file:
-        return file.read()
+        content = file.read(at_most + 1)
+        if len(content) > at_most:  # it grows, or has no size of its own, as in /proc
+            raise OSError(errno.EFBIG, f"it has more than {at_most:,} bytes", str(path))
+        return content
 
 
 def check_regular(path: str | Path) -> None:
@@ -65,6 +68,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     beside = staged(target)
     try:
+        beside.unlink(missing_ok=True)  # whatever is there: opening a pipe would wait
         yield beside
         with beside.open("r+b") as file:
             os.fsync(file.fileno())

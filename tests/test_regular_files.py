@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
 import os
 import random
+import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from longnet_kit import cli, durable, recipe, resume, run_lock, runs, weights
+from longnet_kit import checkpoint_io, cli, durable, recipe, resume, run_lock, runs, weights
 from longnet_kit.data import files
 from longnet_kit.data.errors import DataError
+from longnet_kit.data.huggingface import HuggingFace
 from longnet_kit.data.labelled_files import LabelledFiles
 from longnet_kit.errors import UserError
 from longnet_kit.inference import console, stream_files
@@ -82,6 +86,13 @@ def test_the_lock_of_a_run_never_waits(tmp_path: Path) -> None:
     assert run_lock.holder(tmp_path) == ""
     with run_lock.hold(tmp_path):
         pass
+
+
+def test_a_pipe_where_a_file_is_staged_never_makes_a_write_wait(tmp_path: Path) -> None:
+    pipe(durable.staged(tmp_path / "x"))
+    with durable.replacing(tmp_path / "x") as staged:
+        staged.write_text("text")
+    assert (tmp_path / "x").read_text() == "text"
 
 
 def test_a_recipe_is_a_small_regular_file(
@@ -157,27 +168,120 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, as_bytes: bool) -> None:
     assert not any(texts(files.Files([str(tmp_path / "empty.txt")]), as_bytes))
 
 
+def tar() -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [("text\n".encode("utf-16"), "UTF-16"), ("text\n".encode("utf-32"), "UTF-16"), (tar(), "tar")]
+)
+def test_other_encodings_and_archives_are_known_by_their_first_bytes(
+    tmp_path: Path, content: bytes, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    for source in (lambda: files.Files([str(path)]), lambda: HuggingFace("text", data_files=[str(path)])):
+        with pytest.raises(DataError, match=rf"a\.txt is .*\b{told}\b"):
+            source()
+    with path.open() as standard_input:
+        monkeypatch.setattr(sys, "stdin", standard_input)
+        with pytest.raises(UserError, match=rf"--prompt-file - is .*\b{told}\b"):
+            console.run("quickstart", prompt_files=["-"])
+
+
+def test_standard_input_that_has_no_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "LONGEST", 1 << 20)
+    with open("/dev/zero") as standard_input:
+        monkeypatch.setattr(sys, "stdin", standard_input)
+        with pytest.raises(UserError, match="--prompt-file - has more than 1,048,576 bytes"):
+            console.run("quickstart", prompt_files=["-"])
+
+
+def test_tables_read_as_lines_of_text_are_refused_and_tables_read_as_such_are_not(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\none,1\n")
+    with pytest.raises(DataError, match=r"data.data_files: \S*a\.csv is a table"):
+        HuggingFace("text", data_files=[str(tmp_path / "a.csv")])
+    assert [d.content for d in HuggingFace("csv", data_files=[str(tmp_path / "a.csv")]).documents(False)] == ["one"]
+
+
+def test_a_record_may_be_long_but_not_a_whole_sparse_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"text": "x" * (files.PART + 1)}))
+    assert list(map(len, texts(files.Files([str(tmp_path / "a.json")])))) == [files.PART + 1]
+    sparse(tmp_path / "b.jsonl")
+    monkeypatch.setattr(files, "RECORD", 1 << 20)
+    with pytest.raises(DataError, match=r"b\.jsonl, line 1 has more than 1,048,576 bytes"):
+        texts(files.Files([str(tmp_path / "b.jsonl")]))
+
+
+def test_a_wrong_file_is_reported_under_its_own_key(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b"text"))
+    with pytest.raises(DataError, match=r"data.val_paths: \S*b\.gz is packed"):
+        files.Files([str(tmp_path / "a.txt")], val_paths=[str(tmp_path / "b.gz")])
+
+
+def test_a_file_with_a_byte_order_mark_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    """Earlier versions stored the mark as text."""
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + b"text")
+    (tmp_path / "b.txt").write_bytes(b"text")
+    marked, plain = (files.Files([str(tmp_path / name)]).fingerprint() for name in ("a.txt", "b.txt"))
+    assert set(marked) - set(plain) == {"marks"}
+
+
 def flipped(path: Path, rng: random.Random) -> None:
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
 
 
-def test_a_flipped_bit_in_the_state_of_a_stream_never_changes_it(tmp_path: Path) -> None:
-    rng, state = random.Random(0), {"position": 5, "cache": torch.arange(2000.0)}
-    told: list[str] = []
+STATE = {"position": 5, "cache": torch.arange(2000.0)}
+
+
+def test_a_flipped_bit_anywhere_in_the_state_of_a_stream_is_found(tmp_path: Path) -> None:
+    rng = random.Random(0)
     for number in range(60):
         path = tmp_path / f"{number}.pt"
-        torch.save(state, path)
+        checkpoint_io.write(STATE, path)
+        read = stream_files._read_state(path)
+        assert read is not None and torch.equal(read["cache"], STATE["cache"])
         flipped(path, rng)
-        try:
-            read = stream_files._read_state(path)
-        except UserError as error:
-            told.append(str(error))
-        else:  # the bit was in a part of the archive that nothing reads
-            assert read is not None and read["position"] == 5 and torch.equal(read["cache"], state["cache"])
-    assert len(told) > 40
-    assert all(" is damaged (" in words and words.endswith("delete it to read from the beginning") for words in told)
+        with pytest.raises(UserError, match=rf"{number}\.pt is damaged \(.*delete it to read from the beginning"):
+            stream_files._read_state(path)
+
+
+def test_a_state_without_a_checksum_is_read_as_checkpoints_are(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "state.pt")
+    read = stream_files._read_state(tmp_path / "state.pt")
+    assert read is not None and read["position"] == 5 and torch.equal(read["cache"], STATE["cache"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
+def test_a_kill_while_a_state_is_replaced_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    path, seen = tmp_path / "state.pt", []
+    for calls in range(1, 20):
+        checkpoint_io.write({"position": 1}, path)
+        if (child := os.fork()) == 0:
+            left = calls
+
+            def audit(event: str, _: object) -> None:
+                nonlocal left
+                left -= event in ("open", "os.remove", "os.rename")
+                if left == 0:
+                    os._exit(9)
+
+            sys.addaudithook(audit)
+            checkpoint_io.write({"position": 2}, path)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        read = stream_files._read_state(path)
+        assert read is not None
+        seen.append(read["position"])
+        if code == 0:
+            break
+    assert code == 0 and seen == sorted(seen) and seen.count(1) >= 4 and seen.count(2) >= 2
 
 
 def test_a_flipped_bit_in_an_exported_file_is_found(tmp_path: Path) -> None:

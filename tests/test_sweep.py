@@ -336,6 +336,19 @@ def test_a_run_that_fails_stops_no_other(start: Callable[..., Sweep]) -> None:
 
 
 @pytest.mark.soak
+def test_a_damaged_summary_stops_no_other_run(start: Callable[..., Sweep]) -> None:
+    items = ["trainer.devices=1", "strategy.name=auto", "data.eval_contexts=[8]", "model.dim=16,32"]
+    for run in sweep._runs("tiny.yaml", sweep_grid.parse(items)):
+        recipe.save(run.recipe, runs.claim(run.recipe.name) / runs.RECIPE)
+    folder, text = (run_of(f"dim-{dim}") / runs.SUMMARY for dim in (16, 32))
+    folder.mkdir()
+    text.write_bytes(b'{"status": "\xff"}')
+    out = start(*items).end(1)
+    assert "1 of 2 runs finished, 1 failed: " in out and "summary.json is a directory" in out and "move it away" in out
+    assert "Traceback" not in out and runs.read_summary(text.parent)["status"] == "finished"
+
+
+@pytest.mark.soak
 def test_more_steps_train_finished_runs_on(start: Callable[..., Sweep]) -> None:
     """Here the only one, on two devices: a run starts its own processes."""
     items = [*PLUGGED, "data.batch_size=2", "strategy={name: ddp}", "optimizer.schedule=constant"]

@@ -22,8 +22,10 @@ PART = 4 << 20
 """Bytes read at a time."""
 LINE = 1 << 16
 """How far to look for the end of a line where a file is divided, in bytes."""
-HEAD = 8
-"""Bytes from which `not_text` recognises a packed file."""
+HEAD = 512
+"""Bytes from which `kind_of` recognizes a file that is not text."""
+RECORD = 64 << 20
+"""The most bytes of one JSON record."""
 MOST_TOLD = 5
 """How many files of one kind of problem an error names."""
 MANY = 200
@@ -69,7 +71,7 @@ class Files(Source):
             self._files[split] = [(name, path) for name, path in self._files[split] if _first(path, seen)]
         if not problems and not self._files["train"]:
             problems.append("data.paths: all are named in val_paths or test_paths too; nothing is left to train on")
-        problems += [f"data.paths: {wrong}" for found in self._files.values() for wrong in _unreadable(found)]
+        problems += [f"data.{given[s][0]}: {wrong}" for s, found in self._files.items() for wrong in _unreadable(found)]
         if problems:
             raise DataError("\n".join(problems))
         self._own: frozenset[Split] = frozenset(split for split in SPLITS[1:] if self._files[split])
@@ -95,8 +97,11 @@ class Files(Source):
     def fingerprint(self) -> Any:
         files = {split: [[name, *stamp(path)] for name, path in found] for split, found in self._files.items()}
         values = {"files": files, "field": self._field, "errors": self._errors}
-        if any(path.suffix.lower() == ".json" for found in self._files.values() for _, path in found):
-            values["json"] = "lines"  # once they were read as text
+        paths = [path for found in self._files.values() for _, path in found]
+        if any(path.suffix.lower() == ".json" for path in paths):
+            values["json"] = "lines"  # earlier versions read them as text
+        if any(map(_has_mark, paths)):
+            values["marks"] = "left out"  # earlier versions read them as text
         return values
 
     def _read(self, name: str, path: Path, split: Split | None, as_bytes: bool) -> Iterator[Document]:
@@ -126,8 +131,10 @@ class Files(Source):
     def _records(self, name: str, path: Path, split: Split | None) -> Iterator[Document]:
         with durable.opened(path) as file:
             offset = file.seek(mark_of(file))
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(RECORD + 1), b""), start=1):
                 where = f"{path}, line {number}"
+                if len(line) > RECORD:
+                    raise DataError(f"{where} has more than {RECORD:,} bytes; divide the record, or leave the file out")
                 if line.strip() and not (self._errors == "skip" and not _decodes(line)):
                     text = self._text(self._decode(line, where, offset), where)
                     if text is not None:
@@ -226,19 +233,30 @@ def is_json(path: Path) -> bool:
     return path.suffix.lower() in (".jsonl", ".ndjson", ".json")
 
 
+def kind_of(path: Path, head: bytes) -> str:
+    """Return what a file is that is not text: `table`, `UTF-16` or the name of a packed format; empty for text.
+
+    Args:
+        path: the file; its suffix decides where `head` does not.
+        head: its first `HEAD` bytes or more.
+    """
+    found = (name for (at, magic), name in _MAGIC.items() if head.startswith(magic, at))
+    return next(found, _SUFFIXES.get(path.suffix.lower(), ""))
+
+
 def not_text(path: Path, head: bytes) -> str:
     """Why a file cannot be read as text by its name or its first bytes, and what to do; empty where it can.
 
     Args:
+        path: the file.
         head: its first `HEAD` bytes or more.
     """
-    suffix = path.suffix.lower()
-    packed = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), _SUFFIXES.get(suffix))
-    if packed is None:
-        return ""
-    if packed == "table":
-        return f"is a table ({suffix}), not text; write its text column into a .jsonl file, one record per line"
-    return f"is packed ({packed}), so its bytes are not its text; unpack it and give the files that were in it"
+    kind = kind_of(path, head)
+    if kind == "table":
+        return f"is a table ({path.suffix}), not text; write its text column into a .jsonl file, one record per line"
+    if kind == "UTF-16":
+        return "is UTF-16 or UTF-32 text by its byte-order mark; save it as UTF-8"
+    return kind and f"is packed ({kind}), so its bytes are not its text; unpack it and give the files that were in it"
 
 
 _SUFFIXES = {
@@ -247,15 +265,26 @@ _SUFFIXES = {
     ".parquet": "table", ".arrow": "table", ".feather": "table",
 }  # fmt: skip
 _MAGIC = {
-    b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd",
-    b"\x04\x22\x4d\x18": "lz4", b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7-Zip", b"PAR1": "table",
+    (0, b"\x1f\x8b"): "gzip", (0, b"BZh"): "bzip2", (0, b"\xfd7zXZ\x00"): "xz", (0, b"\x28\xb5\x2f\xfd"): "zstd",
+    (0, b"\x04\x22\x4d\x18"): "lz4", (0, b"PK\x03\x04"): "zip", (0, b"7z\xbc\xaf\x27\x1c"): "7-Zip",
+    (257, b"ustar"): "tar", (0, b"PAR1"): "table", (0, b"ARROW1\0\0"): "table",
+    (0, codecs.BOM_UTF16_LE): "UTF-16", (0, codecs.BOM_UTF16_BE): "UTF-16", (0, codecs.BOM_UTF32_BE): "UTF-16",
 }  # fmt: skip
+"""By the first byte that tells, and the bytes there."""
 
 
 def mark_of(file: BinaryIO) -> int:
     """The bytes of a file's UTF-8 byte-order mark: 3, or 0 where it has none."""
     file.seek(0)
     return len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+
+
+def _has_mark(path: Path) -> bool:
+    try:
+        with durable.opened(path) as file:
+            return mark_of(file) > 0
+    except OSError:  # reported where the file is read
+        return False
 
 
 def _unreadable(found: Sequence[tuple[str, Path]]) -> list[str]:
@@ -279,7 +308,7 @@ def _unreadable(found: Sequence[tuple[str, Path]]) -> list[str]:
 def _not_lines(file: BinaryIO) -> str:
     """Why a .json file is not JSON lines, by its first line that is not empty; empty where it is."""
     file.seek(mark_of(file))
-    first = next((line for line in iter(lambda: file.readline(PART), b"") if line.strip()), b"{}")
+    first = next((line for line in iter(lambda: file.readline(RECORD), b"") if line.strip()), b"{}")
     try:
         if isinstance(json.loads(first), dict):
             return ""

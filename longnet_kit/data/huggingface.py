@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
+from longnet_kit import durable
 from longnet_kit.data.errors import DataError
+from longnet_kit.data.files import HEAD, kind_of, not_text
 from longnet_kit.data.sources import Document, Source, Split, registry, split_of, stamp
 from longnet_kit.typed import Range
 
@@ -36,7 +39,8 @@ class HuggingFace(Source):
         max_documents: at most so many records of each split.
 
     Raises:
-        DataError: the library is not installed. Reading raises it for a set, split or column that does not exist.
+        DataError: the library is not installed, or `path` is `text` and a local file holds a table, a tar archive or
+            UTF-16. Reading raises it for a set, split or column that does not exist.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class HuggingFace(Source):
         _datasets()
         self._path = path
         self._files = [os.path.expanduser(file) for file in data_files] if data_files is not None else None
+        if problems := [f"data.data_files: {wrong}" for wrong in self._not_text()]:
+            raise DataError("\n".join(problems))
         self._options = {"subset": subset, "field": field, "revision": revision, "max_documents": max_documents}
         given: dict[Split, str | None] = {"train": split, "val": val_split, "test": test_split}
         self._splits: dict[Split, str] = {ours: theirs for ours, theirs in given.items() if theirs is not None}
@@ -73,6 +79,7 @@ class HuggingFace(Source):
                         f"{where} has no text under {self._field!r} (its columns: {keys}); set data.field to the "
                         "column of the text"
                     )
+                text = text.removeprefix("\ufeff")  # the library keeps a byte-order mark
                 yield Document(where, text, ours if ours != "train" else split_of(f"{theirs} {number}", own))
 
     def fingerprint(self) -> Any:
@@ -81,6 +88,15 @@ class HuggingFace(Source):
         files += sorted(path for path in Path(local).rglob("*") if path.is_file()) if os.path.isdir(local) else []
         stamps = [[str(file), *stamp(file)] for file in files]
         return {"path": self._path, "splits": dict(self._splits), **self._options, "files": stamps}
+
+    def _not_text(self) -> Iterator[str]:
+        """What the library would read as text of local files that are none; it unpacks compressed ones."""
+        for path in map(Path, (self._files or []) if self._path == "text" else []):
+            if os.path.isfile(path):
+                with suppress(OSError), durable.opened(path) as file:
+                    head = file.read(HEAD)
+                    if kind_of(path, head) in ("table", "tar", "UTF-16"):
+                        yield f"{path} {not_text(path, head)}"
 
     def _records(self, split: str) -> Iterator[dict[str, Any]]:
         """The records of one of the set's own splits; whatever goes wrong in the library names the set."""

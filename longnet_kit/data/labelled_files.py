@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 from longnet_kit import durable
 from longnet_kit.data import copies
 from longnet_kit.data.errors import DataError
-from longnet_kit.data.files import HEAD, MOST_TOLD, expand, not_text
+from longnet_kit.data.files import HEAD, MOST_TOLD, expand, kind_of, not_text
 from longnet_kit.data.labels import Labelled, LabelledSource
 from longnet_kit.data.sources import SPLITS, PythonStdlib, Split, registry, stamp
 from longnet_kit.typed import Range
@@ -142,7 +142,7 @@ def _cut(file: File, most: int, label: int) -> list[Piece]:
 
 @registry.register("labelled_files")
 class LabelledFiles(Pieces):
-    """The user's own files, of any kind: text, code, or bytes that are no text.
+    """The user's own files: text, code, or bytes that are no text; compressed files, archives and tables are refused.
 
     Of files with the same bytes one is taken, so that no split is tested on what another was trained on; none of those
     that are in two classes, whose bytes do not tell which. Empty files are left out.
@@ -223,12 +223,13 @@ def _files(found: Sequence[tuple[str, Path]]) -> list[File]:
 
 
 def _not_text(files: Mapping[str, Sequence[File]]) -> list[str]:
-    """Problems of files whose content is packed away."""
+    """Problems of packed files and tables; UTF-16 is as good as any other bytes here."""
     found: list[str] = []
     for file in (file for of_class in files.values() for file in of_class):
         try:
             with durable.opened(file.path) as content:
-                wrong = not_text(file.path, content.read(HEAD))
+                head = content.read(HEAD)
+            wrong = "" if kind_of(file.path, head) == "UTF-16" else not_text(file.path, head)
         except OSError:  # reported where the file is read
             continue
         if wrong:

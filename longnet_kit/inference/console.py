@@ -163,10 +163,13 @@ class _Printer:
 
 
 def _content(path: str | Path) -> bytes:
-    if str(path) == "-":
-        return sys.stdin.buffer.read()
     try:
-        raw = durable.read(path, LONGEST)
+        if str(path) == "-":
+            raw = sys.stdin.buffer.read(LONGEST + 1)
+            if len(raw) > LONGEST:
+                raise UserError(f"--prompt-file - has more than {LONGEST:,} bytes; give a shorter text")
+        else:
+            raw = durable.read(path, LONGEST)
     except OSError as error:
         raise UserError(
             f"--prompt-file {path} cannot be read ({error.strerror}); give a text file, or - for standard input"

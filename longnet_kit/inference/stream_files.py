@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from longnet_kit import callbacks, checkpoint_io, durable, run_lock, runs, terminal
+from longnet_kit import callbacks, checkpoint_io, run_lock, runs, terminal
 from longnet_kit.errors import UserError
 
 STATE, CURVE, IDENTITY = "state.pt", "curve.csv", "stream.json"
 _DECADES = ".decades"
 """Ending of the event file with the results by decade, which the next ones replace."""
+_ANEW = "delete it to read from the beginning"
 
 
 class StreamFiles:
@@ -80,8 +81,8 @@ class StreamFiles:
             Seconds that it took.
         """
         began = time.monotonic()
-        with self._telling(STATE), durable.replacing(self.directory / STATE) as staged:
-            torch.save(state, staged)
+        with self._telling(STATE):
+            checkpoint_io.write(state, self.directory / STATE)
         return time.monotonic() - began
 
     def point(self, position: int, scalars: Mapping[str, float]) -> None:
@@ -136,11 +137,11 @@ def _read_state(path: Path) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     if wrong := checkpoint_io.damage(path):
-        raise UserError(f"{path} is damaged ({wrong}); delete it to read from the beginning")
+        raise UserError(f"{path} is damaged ({wrong}); {_ANEW}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         assert state["position"] >= 0
         return state
     except Exception as error:  # a broken file can fail in any way that unpickling can
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged ({reason}); delete it to read from the beginning") from error
+        raise UserError(f"{path} is damaged ({reason}); {_ANEW}") from error

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
-from longnet_kit import cli, recipe
+from longnet_kit import cli, recipe, weights
 from longnet_kit.inference import network
 from longnet_kit.inference import stream as module
 from longnet_kit.inference.score import Score
@@ -239,7 +239,7 @@ def test_another_stream_s_folder_is_refused() -> None:
     with safe_open(EXPORTED, framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tensors["norm.bias"][0] += 1e-3
-    del metadata["sha256"]
+    del metadata[weights.DIGEST]  # of the file as it was exported
     save_file(tensors, "other.safetensors", metadata)
     for options, words in (
         ({"extend": True}, "other attention"),
@@ -260,6 +260,17 @@ def test_a_damaged_state_is_told(content: bytes | None) -> None:
         read(output="out")
     state.unlink()
     assert read(output="out").tokens == N + 2
+
+
+def test_a_bit_flipped_where_an_archive_has_no_checksum_of_its_own_is_told() -> None:
+    read(output="out")
+    state = Path("out/state.pt")
+    content = bytearray(state.read_bytes())
+    content[content.index(b"ZZZZ")] ^= 1  # torch's padding
+    state.write_bytes(content)
+    with pytest.raises(ValueError, match=r"out/state.pt is damaged \(.*\); delete it to read from the beginning"):
+        read(output="out")
+    assert state.read_bytes() == content, "nothing is lost"
 
 
 def test_a_limit_that_has_no_effect_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
