@@ -1,7 +1,8 @@
 """Position embeddings that turn queries and keys: RoPE and xPos.
 
-Angles are counted in 2^-64 of a turn, as integers that wrap around: a position turns by exactly its multiple of what
-one step turns by, however far it is. They are cast only once they are cosines and sines. Nothing is kept in buffers,
+Angles are counted in 2^-64 of a turn, and whole turns are dropped exactly: a position turns by exactly its multiple of
+what one step turns by, for every int64 position. No step of that computation overflows, because compiled code may do
+anything where an integer overflows. Angles are cast only once they are cosines and sines. Nothing is kept in buffers,
 which a cast of the model to bfloat16 would round. The positions here never decide which keys a query sees.
 """
 
@@ -40,7 +41,7 @@ class Rope:
                 "is even, or positions: none"
             )
         self.head_dim = head_dim
-        self._steps = _steps(head_dim)
+        self._turns = _turns(head_dim)
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What `rotate` multiplies with.
@@ -60,9 +61,13 @@ class Rope:
 
     def _halves(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (..., N, 1, D/2) float64; the dimension of size 1 is query or key."""
-        step = torch.tensor(self._steps, dtype=torch.int64, device=positions.device)
-        turned = positions.long()[..., None, None] * step  # whole turns overflow, and are gone
-        angles = turned.double() * (2 * math.pi / 2**64)
+        first, second, third = torch.tensor(self._turns, dtype=torch.float64, device=positions.device)  # (D,) each
+        whole = positions.long()[..., None, None]
+        digits = whole & _DIGIT, whole >> _BITS & _DIGIT, whole >> 2 * _BITS
+        low, middle, high = (digit.double() for digit in digits)
+        turns = torch.addcmul(torch.addcmul(low * first, middle, second), high, third)  # (..., N, 1, D)
+        coarse, fine = turns.chunk(2, dim=-1)
+        angles = (coarse - coarse.round() + fine) * (2 * math.pi)
         return angles.cos(), angles.sin()
 
 
@@ -158,9 +163,27 @@ def rotate(qk: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 _PI = Fraction("3.14159265358979323846264338327950288419716939937511")
 
 
-def _steps(head_dim: int) -> tuple[int, ...]:
-    """By how many 2^-64 of a turn each pair of dimensions turns per position: 10000^(-2i/D) radians."""
-    return tuple(round(Fraction(BASE ** -(i / head_dim)) / (2 * _PI) * 2**64) for i in range(0, head_dim, 2))
+_BITS = 21
+_DIGIT = 2**_BITS - 1
+_COARSE = 2**34  # in 2^-64 of a turn, so a coarse part is a multiple of 2^-30
+
+
+def _turns(head_dim: int) -> list[list[float]]:
+    """The turns that one unit of each digit of a position makes, whole turns left out.
+
+    A position is low + 2^21 middle + 2^42 high. A pair of dimensions turns by 10000^(-2i/D) radians per position.
+
+    Returns:
+        (3, D): for low, middle and high, the coarse parts of all D/2 pairs, multiples of 2^-30, then the rest, below
+        2^-30. A sum of three digits times coarse parts is below 2^23 and a multiple of 2^-30: exact in float64.
+    """
+    steps = [round(Fraction(BASE ** -(i / head_dim)) / (2 * _PI) * 2**64) for i in range(0, head_dim, 2)]
+    found = []
+    for digit in range(3):
+        units = [(step << digit * _BITS) % 2**64 for step in steps]
+        rest = [unit % _COARSE for unit in units]
+        found.append([x / 2**64 for x in (*map(int.__sub__, units, rest), *rest)])
+    return found
 
 
 def _pairs(head_dim: int, device: torch.device) -> Tensor:
