@@ -22,6 +22,8 @@ Kind = Literal["rope", "xpos", "none"]
 BASE = 10_000.0
 XPOS_SCALE_BASE = 512
 XPOS_OFFSET = 0.4
+XPOS_ROOM = 2.0**30
+"""By how much xPos's factors stay inside the number range, for queries, keys and gradients that are multiplied by them."""
 
 
 class Rope:
@@ -56,8 +58,11 @@ class Rope:
         cos, sin = self._halves(positions)
         return _table(cos, cos, dtype), _table(-sin, sin, dtype)
 
-    def check(self, length: int) -> None:
-        """Raise a UserError where positions 0 to length - 1 cannot be represented; here all can."""
+    def check(self, length: int, dtype: torch.dtype) -> None:
+        """Raise a UserError where positions 0 to length - 1 cannot be represented in `dtype`; here all can."""
+
+    def check_given(self, positions: Tensor, dtype: torch.dtype) -> None:
+        """Raise a UserError where one of some positions cannot be represented in `dtype`; here all can."""
 
     def _halves(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (..., N, 1, D/2) float64; the dimension of size 1 is query or key."""
@@ -80,7 +85,7 @@ class XPos(Rope):
     Args:
         head_dim: D.
         seq_len: the length to centre for.
-        dtype: of the computation; its normal range must hold the factors.
+        dtype: of the computation; its normal range must hold the factors, with `XPOS_ROOM` to spare.
 
     Raises:
         UserError: D is odd, or seq_len is above `longest(dtype)`.
@@ -89,28 +94,45 @@ class XPos(Rope):
     def __init__(self, head_dim: int, seq_len: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(head_dim)
         self.centre = seq_len / 2
-        self.dtype = dtype
-        self.check(seq_len)
+        self.check(seq_len, dtype)
 
     @staticmethod
     def longest(dtype: torch.dtype) -> int:
-        """The longest sequence whose factors are normal numbers of `dtype`: gamma^(±seq_len / 2 / 512) at i = 0."""
+        """The longest sequence whose factors fit in `dtype`: gamma^(±seq_len / 2 / 512) at i = 0; 0 if none fits."""
         limits = torch.finfo(dtype)
-        room = min(math.log(limits.max), -math.log(limits.tiny))
-        return int(2 * XPOS_SCALE_BASE * room / math.log((1 + XPOS_OFFSET) / XPOS_OFFSET))
+        room = min(math.log(limits.max), -math.log(limits.tiny)) - math.log(XPOS_ROOM)
+        return max(0, int(2 * XPOS_SCALE_BASE * room / math.log((1 + XPOS_OFFSET) / XPOS_OFFSET)))
 
-    def check(self, length: int) -> None:
-        """Raise a UserError where the factor of one of the positions 0 to length - 1 leaves the dtype's range."""
-        longest = self.longest(self.dtype)
+    def check(self, length: int, dtype: torch.dtype) -> None:
+        """Raise a UserError where the factor of one of the positions 0 to length - 1 leaves the range of `dtype`."""
+        longest, name = self.longest(dtype), str(dtype).removeprefix("torch.")
+        if longest == 0:
+            raise UserError(
+                f"positions: xpos does not run in {name}, whose number range is too narrow for its decay factor; use "
+                "positions: rope, or a precision with the range of float32, such as bf16-mixed or 32-true"
+            )
         if 2 * max(self.centre, length - self.centre) > longest:
             seq_len = int(2 * self.centre)
             given = f"{length:,} tokens" + (f" in a model built for {seq_len:,}" if seq_len != length else "")
             reached = longest if seq_len == length else int(longest / 2 + self.centre)
             raise UserError(
-                f"positions: xpos reaches {reached:,} tokens in {str(self.dtype).removeprefix('torch.')} before its "
-                f"decay factor leaves the number range, and got {given}; use positions: rope, a shorter seq_len, or a "
-                "precision of wider range (float32 and bfloat16 reach the same length)"
+                f"positions: xpos reaches {reached:,} tokens in {name} before its decay factor leaves the number "
+                f"range, and got {given}; use positions: rope, a shorter seq_len, or a precision of wider range "
+                "(float32 and bfloat16 reach the same length)"
             )
+
+    def check_given(self, positions: Tensor, dtype: torch.dtype) -> None:
+        """Raise a UserError where the factor of one of some positions leaves the range of `dtype`."""
+        self.check(0, dtype)
+        if type(positions) is not Tensor or positions.is_meta or not positions.numel() or torch.compiler.is_compiling():
+            return  # their values are not known here
+        first, last = (int(x) for x in positions.aminmax())
+        if first < (least := math.ceil(self.centre - self.longest(dtype) / 2)):
+            raise UserError(
+                f"positions: xpos reaches positions from {least:,} on in a model built for {int(2 * self.centre):,} "
+                f"tokens, and got {first:,}; count positions from 0"
+            )
+        self.check(last + 1, dtype)
 
     def _halves(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = super()._halves(positions)
@@ -125,7 +147,7 @@ def build(kind: Kind, *, head_dim: int, seq_len: int, causal: bool, dtype: torch
     """Make the position embedding of a model; None for `none`.
 
     Args:
-        dtype: the dtype in which the model computes, for xPos's range.
+        dtype: the dtype in which the model will compute, for xPos's range.
 
     Raises:
         UserError: an unknown kind, or one that this model cannot have.
