@@ -179,7 +179,7 @@ class _Reading:
         targets = torch.full_like(ids[:inputs], IGNORED)
         targets[: len(ids) - 1] = ids[1:]
         hidden = model.hidden(ids[None, :inputs], cache=self._cache)
-        losses = token_losses(hidden, model.embedding.weight, targets[None], model.loss_chunk)
+        losses = token_losses(hidden, model.head_weight, targets[None], model.loss_chunk)
         nats = losses[0, : len(ids) - 1].double().cpu().numpy()
         if not np.isfinite(nats).all():
             where = first + 1 + int(np.flatnonzero(~np.isfinite(nats))[0])

@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         """Logits of the next token, (B, N, V); the arguments are those of `hidden`."""
         hidden = self.hidden(tokens, positions=positions, key_padding_mask=key_padding_mask, cache=cache)
         with nullcontext() if cache is None else torch.no_grad():
-            return F.linear(hidden, self.embedding.weight)
+            return F.linear(hidden, self.head_weight)
 
     def hidden(
         self,
@@ -166,6 +166,17 @@ class Transformer(nn.Module):
                 with self._keeping(x):
                     x = checkpoint(block, x, tables, key_padding_mask, use_reentrant=False)
         return self.norm(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head, (V, dim): the vectors that the embedding gives to the tokens.
+
+        A module that replaces the embedding, such as LoRA's, may add to its weight; then each token is looked up.
+        """
+        weight = self.embedding.weight
+        if type(self.embedding).forward is nn.Embedding.forward:
+            return weight
+        return self.embedding(torch.arange(len(weight), device=weight.device))
 
     def new_cache(self, batch_size: int, *, max_tokens: int | None = None) -> StreamCache:
         """An empty past for streams that are to come in chunks, `model(tokens, cache=cache)`.
