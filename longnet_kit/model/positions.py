@@ -23,7 +23,7 @@ BASE = 10_000.0
 XPOS_SCALE_BASE = 512
 XPOS_OFFSET = 0.4
 XPOS_ROOM = 2.0**30
-"""By how much xPos's factors stay inside the number range, for queries, keys and gradients that are multiplied by them."""
+"""Room in the number range that xPos's factors leave to queries, keys and gradients."""
 
 
 class Rope:
