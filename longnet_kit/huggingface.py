@@ -198,7 +198,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None and is_part:
             raise UserError(f"logits_to_keep is {logits_to_keep}, and labels need them all; give one of the two")
         places = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
-        logits = nn.functional.linear(hidden[:, places], self.model.embedding.weight)
+        logits = nn.functional.linear(hidden[:, places], self.model.head_weight)
         loss = None if labels is None else _loss(logits, labels, num_items_in_batch)
         found = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)  # type: ignore[arg-type]
         return found if return_dict or (return_dict is None and self.config.return_dict) else found.to_tuple()

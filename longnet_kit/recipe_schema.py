@@ -36,7 +36,7 @@ class Model:
     dropout: Annotated[float, Range(at_least=0, below=1)] = 0.0
     """Probability of dropping an element of the embedding and of each sublayer's output."""
     positions: Literal["rope", "xpos", "none"] = "rope"
-    """Position embedding; `xpos`, the paper's, is for causal models."""
+    """Position embedding; `xpos`, the paper's, is for causal models, and not for float16."""
     causal: bool = True
     """Whether a token sees only itself and those before it."""
     attention: dict[str, Any] = field(default_factory=lambda: {"backend": "dilated"})

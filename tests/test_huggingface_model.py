@@ -16,6 +16,7 @@ from torch import Tensor
 from longnet_kit import experiment, recipe
 from longnet_kit.inference import generate, network
 from longnet_kit.inference.sampling import Sampling
+from tests.model.small import LoraEmbedding
 from tests.trained import EXPORTED, train
 
 pytest.importorskip("transformers", reason="the extra longnet_kit[huggingface] is not installed")
@@ -80,6 +81,8 @@ def test_logits_loss_and_gradients_are_the_networks() -> None:
     loss, same = given(x, labels=labels, return_dict=False)
     assert torch.equal(loss, found.loss) and torch.equal(same, logits)
     close(given(x, logits_to_keep=3).logits, logits[:, -3:])
+    given.model.embedding = LoraEmbedding(given.model.embedding).to(logits.dtype)
+    close(given(x).logits, given.model(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

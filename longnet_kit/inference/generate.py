@@ -72,7 +72,7 @@ def generate(
             drawing = [i for i in going if len(rows[i]) == cache.position]
             if not drawing:
                 continue
-            logits = F.linear(hidden[drawing, -1], network.embedding.weight)
+            logits = F.linear(hidden[drawing, -1], network.head_weight)
             for i, token in zip(drawing, sampling.draw(logits, [generators[i] for i in drawing]), strict=True):
                 rows[i].append(token)
                 goes_on = (accept is None or accept(i, token)) and token != eos

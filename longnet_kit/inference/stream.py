@@ -180,7 +180,7 @@ class _Reading:
         targets = torch.full_like(ids[:inputs], IGNORED)
         targets[: len(ids) - 1] = ids[1:]
         hidden = model.hidden(ids[None, :inputs], cache=self._cache)
-        losses = token_losses(hidden, model.embedding.weight, targets[None], model.loss_chunk)
+        losses = token_losses(hidden, model.head_weight, targets[None], model.loss_chunk)
         nats = losses[0, : len(ids) - 1].double().cpu().numpy()
         if not np.isfinite(nats).all():
             where = first + 1 + int(np.flatnonzero(~np.isfinite(nats))[0])
@@ -191,14 +191,20 @@ class _Reading:
         self._counted = self._cache.position
 
     def _point(self, is_last: bool) -> None:
-        """Add a point to the curve if one is due."""
+        """Add a point to the curve if one is due.
+
+        The last point comes after any number of tokens. After fewer than half of an interval it has no bits per byte of
+        its own, which would be noise that reads like a change.
+        """
         position = self._cache.position
         memory = self._memory_now()
         self._memory = max(self._memory, memory or 0)
         passed = position - self._pointed.position
-        if passed < min(LONGEST_INTERVAL, max(self._chunk, position // 32)) and not is_last:
+        interval = min(LONGEST_INTERVAL, max(self._chunk, position // 32))
+        if passed < interval and not is_last:
             return
-        scalars = {} if not self._since.text_bytes else {"bits_per_byte": self._since.bits_per_byte}
+        has_own = self._since.text_bytes and (passed >= interval / 2 or position == passed)
+        scalars = {"bits_per_byte": self._since.bits_per_byte} if has_own else {}
         scalars |= {
             "bits_per_byte_overall": self._score.total.bits_per_byte,
             "tokens_per_second": passed / (self._seconds - self._pointed.seconds),

@@ -59,8 +59,16 @@ class Summary:
 
     @property
     def decades(self) -> dict[int, float]:
-        """Bits per byte by the first position of each decade."""
-        return {10**i: decade.bits_per_byte for i, decade in enumerate(self.score.decades)}
+        """Bits per byte by the first position of each decade.
+
+        A last decade of fewer tokens than the one before is left out: its mean is noisier, and reads like a change.
+        """
+        of_all = self.score.decades
+        return {
+            10**i: decade.bits_per_byte
+            for i, decade in enumerate(of_all)
+            if i == 0 or decade.tokens >= of_all[i - 1].tokens
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, flat."""

@@ -78,7 +78,7 @@ class StreamCache:
             layer.check_room(tokens)
         embedding = self._network.positions
         if embedding is not None:
-            embedding.check(self.position + tokens)
+            embedding.check(self.position + tokens, computing_dtype(self._network.embedding.weight))
 
     @contextmanager
     def advancing(self, tokens: int) -> Iterator[None]:

@@ -37,12 +37,16 @@ class Dropout(nn.Module):
         """(B, N, dim) in and out."""
         if self.p == 0 or not self.training:
             return x
-        seed = int(torch.randint(2**31, (), device="cpu"))
-        kept = keep_mask(x.shape, self.p, seed, *self._first(x), x.device)
-        return torch.where(kept, x, 0) * (1 / (1 - self.p) if self.p < 1 else 0)
+        return torch.where(self._kept(x), x, 0) * (1 / (1 - self.p) if self.p < 1 else 0)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+    @torch.compiler.disable(reason="the mask of dropout is a hash, which needs integers that wrap around")
+    def _kept(self, x: Tensor) -> Tensor:
+        """Draw the mask of x, always eagerly: a compiled draw is another one, and compiled integers may not wrap."""
+        seed = int(torch.randint(2**31, (), device="cpu"))
+        return keep_mask(x.shape, self.p, seed, *self._first(x), x.device)
 
     def _first(self, x: Tensor) -> tuple[int, int]:
         """Row and position of the first token in the global batch."""

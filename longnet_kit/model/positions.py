@@ -1,7 +1,8 @@
 """Position embeddings that turn queries and keys: RoPE and xPos.
 
-Angles are counted in 2^-64 of a turn, as integers that wrap around: a position turns by exactly its multiple of what
-one step turns by, however far it is. They are cast only once they are cosines and sines. Nothing is kept in buffers,
+Angles are counted in 2^-64 of a turn, and whole turns are dropped exactly: a position turns by exactly its multiple of
+what one step turns by, for every int64 position. No step of that computation overflows, because compiled code may do
+anything where an integer overflows. Angles are cast only once they are cosines and sines. Nothing is kept in buffers,
 which a cast of the model to bfloat16 would round. The positions here never decide which keys a query sees.
 """
 
@@ -21,6 +22,8 @@ Kind = Literal["rope", "xpos", "none"]
 BASE = 10_000.0
 XPOS_SCALE_BASE = 512
 XPOS_OFFSET = 0.4
+XPOS_ROOM = 2.0**30
+"""Room in the number range that xPos's factors leave to queries, keys and gradients."""
 
 
 class Rope:
@@ -40,7 +43,7 @@ class Rope:
                 "is even, or positions: none"
             )
         self.head_dim = head_dim
-        self._steps = _steps(head_dim)
+        self._turns = _turns(head_dim)
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What `rotate` multiplies with.
@@ -55,14 +58,21 @@ class Rope:
         cos, sin = self._halves(positions)
         return _table(cos, cos, dtype), _table(-sin, sin, dtype)
 
-    def check(self, length: int) -> None:
-        """Raise a UserError where positions 0 to length - 1 cannot be represented; here all can."""
+    def check(self, length: int, dtype: torch.dtype) -> None:
+        """Raise a UserError where positions 0 to length - 1 cannot be represented in `dtype`; here all can."""
+
+    def check_given(self, positions: Tensor, dtype: torch.dtype) -> None:
+        """Raise a UserError where one of some positions cannot be represented in `dtype`; here all can."""
 
     def _halves(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (..., N, 1, D/2) float64; the dimension of size 1 is query or key."""
-        step = torch.tensor(self._steps, dtype=torch.int64, device=positions.device)
-        turned = positions.long()[..., None, None] * step  # whole turns overflow, and are gone
-        angles = turned.double() * (2 * math.pi / 2**64)
+        first, second, third = torch.tensor(self._turns, dtype=torch.float64, device=positions.device)  # (D,) each
+        whole = positions.long()[..., None, None]
+        digits = whole & _DIGIT, whole >> _BITS & _DIGIT, whole >> 2 * _BITS
+        low, middle, high = (digit.double() for digit in digits)
+        turns = torch.addcmul(torch.addcmul(low * first, middle, second), high, third)  # (..., N, 1, D)
+        coarse, fine = turns.chunk(2, dim=-1)
+        angles = (coarse - coarse.round() + fine) * (2 * math.pi)
         return angles.cos(), angles.sin()
 
 
@@ -75,7 +85,7 @@ class XPos(Rope):
     Args:
         head_dim: D.
         seq_len: the length to centre for.
-        dtype: of the computation; its normal range must hold the factors.
+        dtype: of the computation; its normal range must hold the factors, with `XPOS_ROOM` to spare.
 
     Raises:
         UserError: D is odd, or seq_len is above `longest(dtype)`.
@@ -84,28 +94,45 @@ class XPos(Rope):
     def __init__(self, head_dim: int, seq_len: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(head_dim)
         self.centre = seq_len / 2
-        self.dtype = dtype
-        self.check(seq_len)
+        self.check(seq_len, dtype)
 
     @staticmethod
     def longest(dtype: torch.dtype) -> int:
-        """The longest sequence whose factors are normal numbers of `dtype`: gamma^(±seq_len / 2 / 512) at i = 0."""
+        """The longest sequence whose factors fit in `dtype`: gamma^(±seq_len / 2 / 512) at i = 0; 0 if none fits."""
         limits = torch.finfo(dtype)
-        room = min(math.log(limits.max), -math.log(limits.tiny))
-        return int(2 * XPOS_SCALE_BASE * room / math.log((1 + XPOS_OFFSET) / XPOS_OFFSET))
+        room = min(math.log(limits.max), -math.log(limits.tiny)) - math.log(XPOS_ROOM)
+        return max(0, int(2 * XPOS_SCALE_BASE * room / math.log((1 + XPOS_OFFSET) / XPOS_OFFSET)))
 
-    def check(self, length: int) -> None:
-        """Raise a UserError where the factor of one of the positions 0 to length - 1 leaves the dtype's range."""
-        longest = self.longest(self.dtype)
+    def check(self, length: int, dtype: torch.dtype) -> None:
+        """Raise a UserError where the factor of one of the positions 0 to length - 1 leaves the range of `dtype`."""
+        longest, name = self.longest(dtype), str(dtype).removeprefix("torch.")
+        if longest == 0:
+            raise UserError(
+                f"positions: xpos does not run in {name}, whose number range is too narrow for its decay factor; use "
+                "positions: rope, or a precision with the range of float32, such as bf16-mixed or 32-true"
+            )
         if 2 * max(self.centre, length - self.centre) > longest:
             seq_len = int(2 * self.centre)
             given = f"{length:,} tokens" + (f" in a model built for {seq_len:,}" if seq_len != length else "")
             reached = longest if seq_len == length else int(longest / 2 + self.centre)
             raise UserError(
-                f"positions: xpos reaches {reached:,} tokens in {str(self.dtype).removeprefix('torch.')} before its "
-                f"decay factor leaves the number range, and got {given}; use positions: rope, a shorter seq_len, or a "
-                "precision of wider range (float32 and bfloat16 reach the same length)"
+                f"positions: xpos reaches {reached:,} tokens in {name} before its decay factor leaves the number "
+                f"range, and got {given}; use positions: rope, a shorter seq_len, or a precision of wider range "
+                "(float32 and bfloat16 reach the same length)"
             )
+
+    def check_given(self, positions: Tensor, dtype: torch.dtype) -> None:
+        """Raise a UserError where the factor of one of some positions leaves the range of `dtype`."""
+        self.check(0, dtype)
+        if type(positions) is not Tensor or positions.is_meta or not positions.numel() or torch.compiler.is_compiling():
+            return  # their values are not known here
+        first, last = (int(x) for x in positions.aminmax())
+        if first < (least := math.ceil(self.centre - self.longest(dtype) / 2)):
+            raise UserError(
+                f"positions: xpos reaches positions from {least:,} on in a model built for {int(2 * self.centre):,} "
+                f"tokens, and got {first:,}; count positions from 0"
+            )
+        self.check(last + 1, dtype)
 
     def _halves(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = super()._halves(positions)
@@ -120,7 +147,7 @@ def build(kind: Kind, *, head_dim: int, seq_len: int, causal: bool, dtype: torch
     """Make the position embedding of a model; None for `none`.
 
     Args:
-        dtype: the dtype in which the model computes, for xPos's range.
+        dtype: the dtype in which the model will compute, for xPos's range.
 
     Raises:
         UserError: an unknown kind, or one that this model cannot have.
@@ -158,9 +185,27 @@ def rotate(qk: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 _PI = Fraction("3.14159265358979323846264338327950288419716939937511")
 
 
-def _steps(head_dim: int) -> tuple[int, ...]:
-    """By how many 2^-64 of a turn each pair of dimensions turns per position: 10000^(-2i/D) radians."""
-    return tuple(round(Fraction(BASE ** -(i / head_dim)) / (2 * _PI) * 2**64) for i in range(0, head_dim, 2))
+_BITS = 21
+_DIGIT = 2**_BITS - 1
+_COARSE = 2**34  # in 2^-64 of a turn, so a coarse part is a multiple of 2^-30
+
+
+def _turns(head_dim: int) -> list[list[float]]:
+    """The turns that one unit of each digit of a position makes, whole turns left out.
+
+    A position is low + 2^21 middle + 2^42 high. A pair of dimensions turns by 10000^(-2i/D) radians per position.
+
+    Returns:
+        (3, D): for low, middle and high, the coarse parts of all D/2 pairs, multiples of 2^-30, then the rest, below
+        2^-30. A sum of three digits times coarse parts is below 2^23 and a multiple of 2^-30: exact in float64.
+    """
+    steps = [round(Fraction(BASE ** -(i / head_dim)) / (2 * _PI) * 2**64) for i in range(0, head_dim, 2)]
+    found = []
+    for digit in range(3):
+        units = [(step << digit * _BITS) % 2**64 for step in steps]
+        rest = [unit % _COARSE for unit in units]
+        found.append([x / 2**64 for x in (*map(int.__sub__, units, rest), *rest)])
+    return found
 
 
 def _pairs(head_dim: int, device: torch.device) -> Tensor:

@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         """Logits of the next token, (B, N, V); the arguments are those of `hidden`."""
         hidden = self.hidden(tokens, positions=positions, key_padding_mask=key_padding_mask, cache=cache)
         with nullcontext() if cache is None else torch.no_grad():
-            return F.linear(hidden, self.embedding.weight)
+            return F.linear(hidden, self.head_weight)
 
     def hidden(
         self,
@@ -166,6 +166,17 @@ class Transformer(nn.Module):
                 with self._keeping(x):
                     x = checkpoint(block, x, tables, key_padding_mask, use_reentrant=False)
         return self.norm(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head, (V, dim): the vectors that the embedding gives to the tokens.
+
+        A module that replaces the embedding, such as LoRA's, may add to its weight; then each token is looked up.
+        """
+        weight = self.embedding.weight
+        if type(self.embedding).forward is nn.Embedding.forward:
+            return weight
+        return self.embedding(torch.arange(len(weight), device=weight.device))
 
     def new_cache(self, batch_size: int, *, max_tokens: int | None = None) -> StreamCache:
         """An empty past for streams that are to come in chunks, `model(tokens, cache=cache)`.
@@ -253,20 +264,22 @@ class Transformer(nn.Module):
         """Cosines and sines for all layers, at least float32; `past` tokens were there before."""
         if tokens.dim() != 2:
             raise UserError(f"tokens has shape {tuple(tokens.shape)}, expected two dimensions: batch, seq")
-        if positions is None:
-            if self.positions is None:
-                return None
-            first, shards = past, 1
-            if self.shard is not None:
-                first, shards = self.shard.first_position(tokens.shape[1]), self.shard.size
-            self.positions.check(past + tokens.shape[1] * shards)
-            positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
-        elif positions.shape not in (tokens.shape, tokens.shape[1:]) or positions.is_floating_point():
+        if positions is not None and (
+            positions.shape not in (tokens.shape, tokens.shape[1:]) or positions.is_floating_point()
+        ):
             raise UserError(
                 f"positions is {positions.dtype} of shape {tuple(positions.shape)}, expected integers of shape "
                 f"{tuple(tokens.shape[1:])} or {tuple(tokens.shape)}"
             )
         if self.positions is None:
             return None
-        dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
-        return self.positions.tables(positions, dtype)
+        weight = self.embedding.weight
+        if positions is None:
+            first, shards = past, 1
+            if self.shard is not None:
+                first, shards = self.shard.first_position(tokens.shape[1]), self.shard.size
+            self.positions.check(past + tokens.shape[1] * shards, computing_dtype(weight))
+            positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        else:
+            self.positions.check_given(positions, computing_dtype(weight))
+        return self.positions.tables(positions, torch.promote_types(weight.dtype, torch.float32))

@@ -21,7 +21,7 @@ CHUNKS = 3
 
 def losses(model: Transformer, ledger: Ledger, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """What `LanguageModeling` computes of a batch: the loss of each token, and whether it counts; (B, n) each."""
-    hidden, weight = model.hidden(tokens), model.embedding.weight
+    hidden, weight = model.hidden(tokens), model.head_weight
     counted = targets != IGNORED
     chunk = model.loss_chunk or default_chunk(weight)
     few = CHUNKS * chunk

@@ -36,8 +36,7 @@ def loss_by_position(losses: NDArray[np.floating], bins_per_octave: int = 2, pos
     """
     from matplotlib.figure import Figure
 
-    centres, means = log_bins(losses, bins_per_octave)
-    centres = centres * positions_per_loss
+    centres, means = log_bins(losses, bins_per_octave, positions_per_loss)
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(centres, means, marker="o", markersize=3)
@@ -119,16 +118,23 @@ def _viridis(shade: float) -> tuple[float, float, float, float]:
     return colormaps["viridis"](shade)
 
 
-def log_bins(losses: NDArray[np.floating], per_octave: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean loss and mean position (counted from 1) of each bin that has tokens."""
-    positions = np.flatnonzero(~np.isnan(losses))
-    if not len(positions):
+def log_bins(
+    losses: NDArray[np.floating], per_octave: int, positions_per_loss: int = 1
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean loss and mean position (counted from 1) of each bin that has tokens.
+
+    Bins are cut backwards from the last position, so that the last bin is as wide as its octave's others: a last bin of
+    a few positions is noise that looks like a cliff. A bin begins after the position at which the one before it ends.
+    """
+    known = np.flatnonzero(~np.isnan(losses))
+    if not len(known):
         raise UserError("there is no loss to draw: no position had a token; validate on at least one sample")
-    counted = positions + 1.0
-    index = np.floor(np.log2(counted) * per_octave + 1e-9).astype(int)
+    last = known[-1] + 1
+    index = np.floor(per_octave * np.log2(last / (known + 1.0)) + 1e-9).astype(int)  # 0 for the last bin
     sizes = np.bincount(index)
     filled = sizes > 0
-    mean = [np.bincount(index, weights)[filled] / sizes[filled] for weights in (counted, losses[positions])]
+    centres = known * positions_per_loss + (positions_per_loss + 1) / 2  # of the positions that a loss is the mean of
+    mean = [(np.bincount(index, weights)[filled] / sizes[filled])[::-1] for weights in (centres, losses[known])]
     return mean[0], mean[1]
 
 

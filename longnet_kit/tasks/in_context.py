@@ -74,7 +74,7 @@ class InContext(LanguageModeling):
         """The loss of each token and whether it counts, (B, N) each, and the (A, dim) states of the A that count."""
         counted = targets != IGNORED
         hidden = self.model.hidden(tokens)[counted]
-        weight = self.model.embedding.weight
+        weight = self.model.head_weight
         of_answers = token_losses(hidden[None], weight, targets[counted][None], self.model.loss_chunk)[0]
         losses = of_answers.new_zeros(targets.shape).masked_scatter(counted, of_answers)
         return losses, counted, hidden
@@ -92,7 +92,7 @@ class InContext(LanguageModeling):
         losses, counted, hidden = self._answered(tokens, targets)
         first = 0 if shard is None else shard.first_position(tokens.shape[1])
         self._metrics["whole"].update(losses, counted, first)
-        weight = self.model.embedding.weight
+        weight = self.model.head_weight
         logits = (F.linear(part, weight) for part in hidden.split(self.model.loss_chunk or default_chunk(weight)))
         predicted = torch.cat([part.argmax(-1) for part in logits])
         wrong = torch.zeros_like(counted).masked_scatter(counted, predicted != targets[counted])

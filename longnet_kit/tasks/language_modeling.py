@@ -80,7 +80,7 @@ class LanguageModeling(Training):
     def _losses(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each token, and whether it counts: (B, N) each."""
         model = self.model
-        losses = token_losses(model.hidden(tokens), model.embedding.weight, targets, model.loss_chunk)
+        losses = token_losses(model.hidden(tokens), model.head_weight, targets, model.loss_chunk)
         return losses, targets != IGNORED
 
     def _start_evaluation(self) -> None:

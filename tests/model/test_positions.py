@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from longnet_kit.model.positions import Rope, XPos, rotate
 from tests.model.small import network, some_tokens
 
 D = 16
+PI = Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
 
 
 def turned(embedding: Rope, qk: torch.Tensor, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +40,7 @@ def test_rope_is_the_rotation_of_the_paper(n: int, distance: int, seed: int) -> 
 def test_xpos_decays_with_the_distance_alone(n: int, distance: int, seed: int) -> None:
     """The score of RoPE, each pair of dimensions times gamma^(distance / 512)."""
     qk = torch.randn(2, 1, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    q, k = turned(XPos(D, 60_000), qk, [n + distance, n])
+    q, k = turned(XPos(D, 60_000, torch.float64), qk, [n + distance, n])
     pairs = torch.complex(qk[:, 0, : D // 2], qk[:, 0, D // 2 :])
     theta = torch.tensor([10_000 ** (-2 * i / D) for i in range(D // 2)], dtype=torch.float64)
     gamma = torch.tensor([(2 * i + 0.4 * D) / (1.4 * D) for i in range(D // 2)], dtype=torch.float64)
@@ -58,48 +60,89 @@ def test_xpos_factors_span_the_least_range() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "longest"), [(torch.float32, 71_388), (torch.bfloat16, 71_388), (torch.float16, 7_932)]
+    ("dtype", "longest"), [(torch.float32, 54_391), (torch.bfloat16, 54_391), (torch.float64, 562_041)]
 )
-def test_xpos_is_refused_exactly_where_its_factor_leaves_the_range(dtype: torch.dtype, longest: int) -> None:
+def test_xpos_is_refused_exactly_where_its_factor_leaves_less_than_2_to_the_30_of_the_range(
+    dtype: torch.dtype, longest: int
+) -> None:
     assert XPos.longest(dtype) == longest
     limits = torch.finfo(dtype)
     for length, fits in ((longest, True), (longest + 1, False)):
         smallest = (2 / 7) ** (length / 2 / 512)
-        assert (smallest >= limits.tiny and 1 / smallest <= limits.max) is fits
+        assert (smallest >= limits.tiny * 2**30 and 2**30 / smallest <= limits.max) is fits
     XPos(D, longest, dtype)
     says = rf"{longest:,} tokens in {str(dtype)[6:]}.*got {longest + 1:,} tokens; use positions: rope"
     with pytest.raises(ValueError, match=says):
         XPos(D, longest + 1, dtype)
 
 
-def test_xpos_is_finite_at_its_limit() -> None:
-    longest = XPos.longest(torch.float32)
-    tables = XPos(D, longest).tables(torch.tensor([0, longest]), torch.float32)
-    cos, sin = (table.double() for table in tables)
-    factor = (cos.square() + sin.square()).sqrt()
-    limits = torch.finfo(torch.float32)
-    assert factor.min() >= limits.tiny and factor.max() <= limits.max
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_xpos_computes_large_and_small_queries_and_keys_at_its_limit(dtype: torch.dtype) -> None:
+    """A score at either end of the longest sequence, against float64: of q and k times 2^28 and 2^-28."""
+    longest = XPos.longest(dtype)
+    at = torch.tensor([0, 3, longest - 3, longest - 1])
+    for size in (2.0**28, 2.0**-28):
+        qk = (torch.randn(1, 4, 2, 1, D, generator=torch.Generator().manual_seed(1)) * size).to(dtype)
+        q, k = (x.double() for x in rotate(qk, XPos(D, longest, dtype).tables(at, torch.float32)).unbind(2))
+        right_q, right_k = rotate(qk.double(), XPos(D, longest, dtype).tables(at, torch.float64)).unbind(2)
+        for i in (1, 3):
+            found, right = (q[0, i] * k[0, i - 1]).sum(), (right_q[0, i] * right_k[0, i - 1]).sum()
+            scale = (right_q[0, i] * right_k[0, i - 1]).abs().sum()
+            assert (found - right).abs() < 2 * torch.finfo(dtype).eps * scale
+
+
+def test_xpos_in_float16_is_refused_however_the_model_came_to_it() -> None:
+    options = {"positions": "xpos", "attention": {"backend": "sdpa"}}
+    says = "xpos does not run in float16.*use positions: rope, or a precision"
+    with pytest.raises(ValueError, match=says):
+        network(**options, compute_dtype=torch.float16)
+    net, tokens = network(**options).eval(), some_tokens()
+    assert net(tokens).isfinite().all()
+    cache = net.new_cache(2)
+    with torch.autocast("cpu", torch.float16):
+        for arguments in ({}, {"positions": torch.arange(32)}):
+            with pytest.raises(ValueError, match=says):
+                net(tokens, **arguments)
+        with pytest.raises(ValueError, match=says):
+            cache.check_room(1)
+    with pytest.raises(ValueError, match=says):
+        net.half()(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(**options)(tokens).isfinite().all()
 
 
 def test_a_network_with_xpos_refuses_more_tokens_than_it_can_represent() -> None:
-    net = network(positions="xpos", seq_len=7_000, compute_dtype=torch.float16, attention={"backend": "sdpa"})
-    net(some_tokens(1, 64))
-    with pytest.raises(ValueError, match="7,466 tokens in float16.*got 7,467 tokens in a model built for 7,000"):
-        net(torch.zeros(1, 7_467, dtype=torch.long))
+    net = network(positions="xpos", seq_len=54_000, attention={"backend": "sdpa"}, layers=1)
+    tokens = some_tokens(1, 3)
+    net(tokens, positions=torch.tensor([0, 1, 54_194]))
+    with pytest.raises(ValueError, match="54,195 tokens in float32.*got 54,196 tokens in a model built for 54,000"):
+        net(torch.zeros(1, 54_196, dtype=torch.long))
+    with pytest.raises(ValueError, match="54,195 tokens in float32.*got 54,196 tokens"):
+        net(tokens, positions=torch.tensor([0, 1, 54_195]))
+    with pytest.raises(ValueError, match="positions from -195 on in a model built for 54,000 tokens, and got -196"):
+        net(tokens, positions=torch.tensor([0, 1, -196]))
     with pytest.raises(ValueError, match="got 80,000 tokens"):
         network(positions="xpos", seq_len=80_000)
+
+
+@pytest.mark.parametrize("far", [2**24 + 1, 2**30 + 3, 10**12 + 7, 2**62 + 1, -5, -(2**62)])
+def test_the_turn_of_a_position_is_its_multiple_of_one_steps_turn(far: int) -> None:
+    """In 2^-64 of a turn: against integers of any size. The bound is four units of float64's rounding of a turn."""
+    cos, sin = Rope(D).tables(torch.tensor([far]), torch.float64)
+    for i in range(D // 2):
+        step = round(Fraction(10_000 ** (-2 * i / D)) / (2 * PI) * 2**64)
+        angle = 2 * math.pi * (((far * step + 2**63) % 2**64 - 2**63) / 2**64)
+        assert cos[0, 0, 0, i].item() == pytest.approx(math.cos(angle), abs=1e-15)
+        assert sin[0, 0, 0, D // 2 + i].item() == pytest.approx(math.sin(angle), abs=1e-15)
 
 
 @pytest.mark.parametrize("far", [2**24 + 1, 2**30 + 3, 10**12 + 7])
 def test_rope_is_exact_far_past_float32_integers(far: int) -> None:
     """Against angles reduced in exact integer and high-precision arithmetic."""
-    from fractions import Fraction
-
-    pi = Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
     cos, sin = Rope(D).tables(torch.tensor([far]), torch.float64)
     for i in range(0, D // 2, 2):  # theta is a power of ten there, so exactly known
         theta = Fraction(1, 10 ** (i // 2))
-        angle = float((far * theta) % (2 * pi))
+        angle = float((far * theta) % (2 * PI))
         tolerance = 2.0**-51 * far * float(theta) + 1e-12
         assert cos[0, 0, 0, i].item() == pytest.approx(math.cos(angle), abs=tolerance)
         assert sin[0, 0, 0, D // 2 + i].item() == pytest.approx(math.sin(angle), abs=tolerance)

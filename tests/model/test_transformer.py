@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_kit import attention, model
 from longnet_kit.model.dropout import Dropout
-from tests.model.small import DILATED, NAIVE_DILATED, SEQ_LEN, VOCAB, network, some_tokens
+from tests.model.small import DILATED, NAIVE_DILATED, SEQ_LEN, VOCAB, LoraEmbedding, network, some_tokens
 
 ATTENTIONS = {
     "dilated": DILATED,
@@ -209,6 +209,23 @@ def test_a_network_on_the_meta_device_takes_no_memory_and_can_be_drawn_later() -
         torch.manual_seed(2)
         each.reset_parameters()
     assert torch.equal(net(some_tokens()), drawn(some_tokens()))
+
+
+def test_lora_on_the_embedding_reaches_the_head_too() -> None:
+    """So that merging it into the weight changes nothing; both of its factors learn from the head."""
+    net, tokens = network(dropout=0.0).double(), some_tokens()
+    plain = net(tokens)
+    net.embedding = lora = LoraEmbedding(net.embedding).double()  # type: ignore[assignment]
+    adapted, head = net(tokens), net.head_weight
+    streamed = net.eval()(tokens, cache=net.new_cache(2))
+    torch.testing.assert_close(head @ net.hidden(tokens)[0, 0], adapted[0, 0])
+    head.sum().backward()
+    assert all(factor.grad.abs().min() > 0 for factor in (lora.first, lora.second))
+    assert not torch.allclose(adapted, plain)
+    net.embedding = lora.merged()
+    for found in (adapted, streamed):
+        torch.testing.assert_close(found, net(tokens), rtol=0, atol=1e-10)
+    assert net.head_weight is net.embedding.weight
 
 
 def test_dropout_acts_in_training_only() -> None:

@@ -15,9 +15,21 @@ from longnet_kit.report import figures
 
 def test_each_bin_is_the_mean_of_its_positions() -> None:
     losses = np.arange(16.0)
-    centres, means = figures.log_bins(losses, per_octave=1)  # positions 1 | 2-3 | 4-7 | 8-15 | 16
-    np.testing.assert_allclose(centres, [1, 2.5, 5.5, 11.5, 16])
-    np.testing.assert_allclose(means, [0, 1.5, 4.5, 10.5, 15])
+    centres, means = figures.log_bins(losses, per_octave=1)  # positions 1 | 2 | 3-4 | 5-8 | 9-16
+    np.testing.assert_allclose(centres, [1, 2, 3.5, 6.5, 12.5])
+    np.testing.assert_allclose(means, [0, 1, 2.5, 5.5, 11.5])
+    centres, _ = figures.log_bins(losses, per_octave=1, positions_per_loss=4)  # the first is that of positions 1 to 4
+    np.testing.assert_allclose(centres, [2.5, 6.5, 12.5, 24.5, 48.5])
+
+
+@pytest.mark.parametrize("length", [16, 1000, 1023, 1024, 1025, 2**16])
+@pytest.mark.parametrize("per_octave", [1, 2])
+def test_the_last_bin_is_no_noisier_than_those_before_it(length: int, per_octave: int) -> None:
+    """It holds the last half of the positions, or 1 - 2^(-1/2) of them."""
+    noise = np.zeros(length)
+    noise[-1] = 1  # one odd loss moves the mean of its bin by one over the positions in it
+    _, means = figures.log_bins(noise, per_octave)
+    assert 1 / means[-1] >= (1 - 2 ** (-1 / per_octave)) * length - 1
 
 
 def test_positions_without_tokens_are_left_out() -> None:
@@ -25,6 +37,8 @@ def test_positions_without_tokens_are_left_out() -> None:
     centres, means = figures.log_bins(losses, per_octave=1)
     np.testing.assert_allclose(centres, [1, 3, 8])
     np.testing.assert_allclose(means, [1, 3, 8])
+    centres, _ = figures.log_bins(np.append(losses, [np.nan] * 3), per_octave=1)  # the last bin ends where tokens end
+    np.testing.assert_allclose(centres, [1, 3, 8])
     with pytest.raises(ValueError, match="no position had a token"):
         figures.loss_by_position(np.full(4, np.nan))
 

@@ -20,6 +20,7 @@ from longnet_kit.model import Transformer
 from longnet_kit.parallel import batches, threads
 from longnet_kit.tasks import InContext
 from longnet_kit.tasks.answer_accuracy import AnswerAccuracy
+from tests.model.small import LoraEmbedding
 from tests.tasks.tiny import logged, options, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:Checkpoint directory")
@@ -123,9 +124,11 @@ def test_the_task_is_registered_for_answers() -> None:
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_evaluation_counts_answers_that_are_right_in_whole(stage: str, chunk: int | None) -> None:
+@pytest.mark.parametrize(("chunk", "lora"), [(None, False), (3, False), (None, True)])
+def test_evaluation_counts_answers_that_are_right_in_whole(stage: str, chunk: int | None, lora: bool) -> None:
     ours = task(loss_chunk=chunk)
+    if lora:
+        ours.model.embedding = LoraEmbedding(ours.model.embedding)  # type: ignore[assignment]
     biased(ours.model)
     run = trainer()
     (found,) = (run.validate if stage == "val" else run.test)(ours, datamodule=Data(), verbose=False)

@@ -18,6 +18,7 @@ from torchmetrics.text import Perplexity
 
 from longnet_kit import tasks
 from longnet_kit.tasks import LanguageModeling, language_modeling
+from tests.model.small import LoraEmbedding
 from tests.tasks.tiny import BATCH, BYTES_PER_TOKEN, SEQ_LEN, Data, Windows, logged, network, options, task, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:Checkpoint directory")
@@ -169,6 +170,14 @@ def test_evaluation_measures_what_it_says(tmp_path: Path) -> None:
         sums = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(0)
         by_position = sums / (targets != -100).sum(0)
         torch.testing.assert_close(ours.loss_by_position, by_position, rtol=0, atol=1e-12, equal_nan=True)
+
+
+def test_lora_on_the_embedding_reaches_the_loss() -> None:
+    ours = task(dropout=0.0).double()
+    ours.model.embedding = LoraEmbedding(ours.model.embedding).double()  # type: ignore[assignment]
+    batch = {name: torch.randint(20, (2, SEQ_LEN)) for name in ("tokens", "targets")}
+    losses, _ = ours._batch_losses(batch)
+    torch.testing.assert_close(losses.mean(), plain_loss(ours.model, batch))
 
 
 def test_the_whole_context_is_not_computed_twice() -> None:
