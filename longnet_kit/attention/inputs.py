@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from longnet_kit.errors import UserError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -67,3 +73,17 @@ def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def exactly(compute: Callable[P, T]) -> Callable[P, T]:
+    """Run a function of tensors without autocast, which would round its products: of scores, say."""
+
+    @functools.wraps(compute)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return compute(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return compute(*args, **kwargs)
+
+    return run
