@@ -64,6 +64,10 @@ class Registry(Generic[T]):
             raise UserError(refusal)
         return self._classes[name]
 
+    def name_of(self, cls: type[T]) -> str | None:
+        """The name of a class, if it has one."""
+        return next((name for name, own in self._classes.items() if own is cls), None)
+
     def refusal(self, name: str) -> str:
         """Why there is no class under `name`, and what to do; empty when there is one."""
         self._load_entry_points()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longnet_kit.attention import derivatives
 from longnet_kit.attention.cache import Cache
 from longnet_kit.attention.inputs import all_heads, check_inputs, nearest_divisor
 from longnet_kit.attention.inspected import Inspected
@@ -95,6 +96,7 @@ class AttentionBackend(Inspected):
             heads = {"first_head": first_head, "total_heads": all_heads(q.shape[2], first_head, total_heads)}
         if cache is not None:
             self._check_cached(q, causal, key_padding_mask, heads, cache)
+            derivatives.refuse_forward_mode(f"{self.title} with a cache", q, k, v)
             with torch.no_grad():
                 return self.forward_cached(q, k, v, cache)
         shard = None if self.shard is None or self.shard.size == 1 else self.shard
@@ -102,6 +104,8 @@ class AttentionBackend(Inspected):
             support = self.supports_shards(seq_len=q.shape[1] * shard.size, shards=shard.size, heads=q.shape[2])
             if not support:
                 raise UserError(support.reason)
+            derivatives.refuse_forward_mode(f"{self.title} on several ranks", q, k, v)
+            derivatives.refuse_transforms(f"{self.title} on several ranks")
         if self.watch is not None:
             self.watch(q, k, causal, key_padding_mask)
         if shard is None:
@@ -187,6 +191,14 @@ class AttentionBackend(Inspected):
             (B, n, H, D).
         """
         raise UserError(self._no_cache())
+
+    @property
+    def title(self) -> str:
+        """What messages call this backend: its registered name, or its class."""
+        from longnet_kit.attention import registry
+
+        name = registry.name_of(type(self))
+        return f"the attention backend {name or type(self).__qualname__}"
 
     def _check_cached(
         self, q: Tensor, causal: bool, key_padding_mask: Tensor | None, heads: dict[str, int], cache: Cache
