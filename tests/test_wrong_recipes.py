@@ -375,7 +375,10 @@ def weights_alone(ckpt: Path) -> Path:
 
 
 NO_CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
-    "another file": (lambda ckpt: Path("text.txt"), ("text.txt is damaged or no checkpoint", "give another")),
+    "another file": (
+        lambda ckpt: Path("text.txt"),
+        ("text.txt is a text file", "expected a run directory, a checkpoint"),
+    ),
     "a truncated one": (cut_short, ("cut.ckpt is damaged or no checkpoint", "cut off", "give another")),
     "weights alone": (weights_alone, ("alone.ckpt holds no", "loops", "use init_from")),
     "of another size": (

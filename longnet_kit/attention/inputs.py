@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,6 +65,23 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | Non
         )
     if key_padding_mask.device != q.device:
         raise UserError(f"key_padding_mask is on {key_padding_mask.device} but q is on {q.device}; move it there")
+
+
+def check_output(out: Tensor, q: Tensor, backend: Any) -> None:
+    """Raise a UserError that names the backend, unless its output has the shape, dtype and device of the queries."""
+    if not isinstance(out, Tensor):
+        found, expected = f"a {type(out).__name__}", "a tensor"
+    elif out.shape != q.shape:
+        found, expected = f"shape {tuple(out.shape)}", f"that of q, {tuple(q.shape)}"
+    elif out.device != q.device:
+        found, expected = f"a tensor on {out.device}", f"one on {q.device}, as q is"
+    elif out.dtype != q.dtype and not (torch.is_autocast_enabled(q.device.type) and out.dtype in FLOATS):
+        found, expected = str(out.dtype), f"{q.dtype}, as q is"
+    else:
+        return
+    raise UserError(
+        f"{backend.title} returns {found}, expected {expected}; `longnet check-backend` shows what else is wrong"
+    )
 
 
 def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from longnet_kit import attention
 from longnet_kit.attention import sharding
+from longnet_kit.errors import UserError
 from longnet_kit.parallel import threads
 from tests.attention.oracle import Problem, dilated_options, problem, problems
 
@@ -246,3 +249,50 @@ def test_registering_a_taken_name_raises() -> None:
     with pytest.raises(ValueError, match="already registered by longnet_kit.attention.sdpa.SDPA"):
         attention.register("sdpa")(attention.AttentionBackend)
     assert {"dilated", "naive", "sdpa"} <= set(attention.names())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda out: out.flatten(2), r"returns shape \(1, 8, 8\), expected that of q, \(1, 8, 2, 4\)"),
+        (lambda out: out.double(), r"returns torch.float64, expected torch.float32"),
+        (lambda out: out.to("meta"), "returns a tensor on meta, expected one on cpu"),
+        (lambda out: (out, None), "returns a tuple, expected a tensor"),
+    ],
+)
+def test_an_output_is_checked_at_the_door(spoil: Any, words: str) -> None:
+    class Spoilt(attention.AttentionBackend):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, mask: Tensor | None = None) -> Tensor:
+            return spoil(v)
+
+        def new_cache(self, *args: Any, **factory: Any) -> attention.KeyValueCache:
+            return attention.KeyValueCache(*args, **factory)
+
+        def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
+            return spoil(v)
+
+    def work(shard: threads.ThreadShard) -> None:
+        own = Spoilt()
+        sharding.bind(own, shard)
+        with pytest.raises(UserError, match=words.split(",")[0].replace("8, 8", "16, 4")):
+            own(q, q, q)
+
+    q, whole = torch.zeros(1, 8, 2, 4), f"Spoilt {words}.*longnet check-backend"
+    with pytest.raises(UserError, match=whole):
+        Spoilt()(q, q, q)
+    with pytest.raises(UserError, match=whole):
+        Spoilt()(q, q, q, cache=Spoilt().new_cache(1, 2, 4, max_tokens=8))
+    threads.run(2, work)
+
+
+def test_the_message_about_an_output_has_the_registered_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = attention.build({"backend": "sdpa"})
+    monkeypatch.setattr(backend, "forward", lambda q, *_: q[:, :1])
+    q = torch.zeros(1, 8, 2, 4)
+    with pytest.raises(UserError, match="the attention backend sdpa returns"):
+        backend(q, q, q)
+
+
+def test_an_unknown_name_says_where_plug_ins_are_listed() -> None:
+    with pytest.raises(UserError, match=r"unknown attention backend 'mine'; known: .*listed under imports:"):
+        attention.build({"backend": "mine"})
