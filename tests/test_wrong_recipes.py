@@ -408,6 +408,12 @@ def test_a_file_in_the_way_of_the_runs(capsys: pytest.CaptureFixture[str]) -> No
     assert "runs/tiny: cannot make this folder" in told and "rename" in told
 
 
+def test_weights_from_a_recipe_are_refused_without_advice_to_delete_it(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refusal(capsys, "fit", "good.yaml", "init_from=good.yaml")
+    assert "good.yaml is a recipe, or another text file" in told and "expected a run directory" in told
+    assert "delete" not in told
+
+
 def test_weights_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fit", "good.yaml"]) == 0
     capsys.readouterr()
