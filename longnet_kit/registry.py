@@ -64,6 +64,10 @@ class Registry(Generic[T]):
             raise UserError(refusal)
         return self._classes[name]
 
+    def name_of(self, cls: type[T]) -> str | None:
+        """The name of a class, if it has one."""
+        return next((name for name, own in self._classes.items() if own is cls), None)
+
     def refusal(self, name: str) -> str:
         """Why there is no class under `name`, and what to do; empty when there is one."""
         self._load_entry_points()
@@ -74,7 +78,8 @@ class Registry(Generic[T]):
         if name in self._classes:
             return ""
         lost = f" (nor could all be loaded: {'; '.join(self._broken.values())})" if self._broken else ""
-        return f"unknown {self.kind} {name!r}; {typed.suggestion(str(name), self.names())}{lost}"
+        hint = "a plug-in's name is known once its module is listed under imports:"
+        return f"unknown {self.kind} {name!r}; {typed.suggestion(str(name), self.names())}{lost}; {hint}"
 
     def problems(self, config: Mapping[str, Any], key: str = "") -> list[typed.Problem]:
         """Everything wrong with a mapping of the selector and the class's keyword arguments, short of building it."""

@@ -56,6 +56,12 @@ def read(path: Path) -> dict[str, Any]:
         UserError: it is no such file, or is damaged, or cannot be read now.
     """
     is_exported = path.suffix == EXPORTED
+    if _is_text(path):
+        what = "a recipe, or another text file" if path.suffix in (".yaml", ".yml") else "a text file"
+        raise UserError(
+            f"{path} is {what}, and holds no weights; expected a run directory, a checkpoint (.ckpt) or an exported "
+            f"file ({EXPORTED})"
+        )
     if not is_exported and (wrong := checkpoint_io.damage(path)):
         raise UserError(f"{path} is damaged or no checkpoint ({wrong}); give another one, or delete it")
     try:
@@ -67,6 +73,12 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is not a {kind}, or it is damaged ({reason}); give another one, or delete it"
         ) from error
     return saved
+
+
+def _is_text(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(1024)
+    return bool(start) and not any(byte < 32 and byte not in b"\t\n\f\r" for byte in start)
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

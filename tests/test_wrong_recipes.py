@@ -375,7 +375,10 @@ def weights_alone(ckpt: Path) -> Path:
 
 
 NO_CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
-    "another file": (lambda ckpt: Path("text.txt"), ("text.txt is damaged or no checkpoint", "give another")),
+    "another file": (
+        lambda ckpt: Path("text.txt"),
+        ("text.txt is a text file", "expected a run directory, a checkpoint"),
+    ),
     "a truncated one": (cut_short, ("cut.ckpt is damaged or no checkpoint", "cut off", "give another")),
     "weights alone": (weights_alone, ("alone.ckpt holds no", "loops", "use init_from")),
     "of another size": (
@@ -403,6 +406,12 @@ def test_a_file_in_the_way_of_the_runs(capsys: pytest.CaptureFixture[str]) -> No
     assert cli.main(["fit", "good.yaml"]) == 2
     told = capsys.readouterr().err
     assert "runs/tiny: cannot make this folder" in told and "rename" in told
+
+
+def test_weights_from_a_recipe_are_refused_without_advice_to_delete_it(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refusal(capsys, "fit", "good.yaml", "init_from=good.yaml")
+    assert "good.yaml is a recipe, or another text file" in told and "expected a run directory" in told
+    assert "delete" not in told
 
 
 def test_weights_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longnet_kit.attention import derivatives
 from longnet_kit.attention.cache import Cache
-from longnet_kit.attention.inputs import all_heads, check_inputs, nearest_divisor
+from longnet_kit.attention.inputs import all_heads, check_inputs, check_output, nearest_divisor
 from longnet_kit.attention.inspected import Inspected
 from longnet_kit.attention.sharding import SequenceShard, to_heads, to_sequence, whole_sequence
 from longnet_kit.errors import UserError
@@ -82,7 +83,7 @@ class AttentionBackend(Inspected):
             cache: the past of the streams whose next tokens these are, from `new_cache`; it moves on. No gradient.
 
         Raises:
-            UserError: inputs that are malformed, or that this backend cannot run.
+            UserError: inputs that are malformed, or that this backend cannot run, or an output that is malformed.
         """
         check_inputs(q, k, v, key_padding_mask)
         support = self.supports(
@@ -95,18 +96,21 @@ class AttentionBackend(Inspected):
             heads = {"first_head": first_head, "total_heads": all_heads(q.shape[2], first_head, total_heads)}
         if cache is not None:
             self._check_cached(q, causal, key_padding_mask, heads, cache)
+            derivatives.refuse_forward_mode(f"{self.title} with a cache", q, k, v)
             with torch.no_grad():
-                return self.forward_cached(q, k, v, cache)
+                return self._checked(self.forward_cached(q, k, v, cache), q)
         shard = None if self.shard is None or self.shard.size == 1 else self.shard
         if shard is not None:
             support = self.supports_shards(seq_len=q.shape[1] * shard.size, shards=shard.size, heads=q.shape[2])
             if not support:
                 raise UserError(support.reason)
+            derivatives.refuse_forward_mode(f"{self.title} on several ranks", q, k, v)
+            derivatives.refuse_transforms(f"{self.title} on several ranks")
         if self.watch is not None:
             self.watch(q, k, causal, key_padding_mask)
         if shard is None:
-            return super().__call__(q, k, v, causal, key_padding_mask, **heads)
-        return self.forward_sharded(q, k, v, shard, causal, key_padding_mask, **heads)
+            return self._checked(super().__call__(q, k, v, causal, key_padding_mask, **heads), q)
+        return self._checked(self.forward_sharded(q, k, v, shard, causal, key_padding_mask, **heads), q)
 
     def forward_sharded(
         self,
@@ -140,7 +144,8 @@ class AttentionBackend(Inspected):
         mask = None
         if key_padding_mask is not None:
             mask = whole_sequence(key_padding_mask, shard)
-        return to_sequence(super().__call__(*whole.unbind(0), causal, mask, **heads), shard)
+        out = super().__call__(*whole.unbind(0), causal, mask, **heads)
+        return to_sequence(self._checked(out, whole[0]), shard)
 
     def supports_shards(self, *, seq_len: int, shards: int, heads: int) -> Support:
         """Whether `forward_sharded` can run a sequence cut into `shards`; if not, the reason names what can."""
@@ -187,6 +192,19 @@ class AttentionBackend(Inspected):
             (B, n, H, D).
         """
         raise UserError(self._no_cache())
+
+    @property
+    def title(self) -> str:
+        """What messages call this backend: its registered name, or its class."""
+        from longnet_kit.attention import registry
+
+        name = registry.name_of(type(self))
+        return f"the attention backend {name or type(self).__qualname__}"
+
+    def _checked(self, out: Tensor, q: Tensor) -> Tensor:
+        """The output, (B, N, H, D) as q; a UserError that names the backend if it is anything else."""
+        check_output(out, q, self)
+        return out
 
     def _check_cached(
         self, q: Tensor, causal: bool, key_padding_mask: Tensor | None, heads: dict[str, int], cache: Cache

@@ -20,6 +20,8 @@ DTYPES = (torch.float16, torch.bfloat16)
 class Fmha:
     """A forward and a backward operator of xformers that share one layout of lse: (1, H, tokens)."""
 
+    name = "the attention backend xformers"
+
     def __init__(self, module: str) -> None:
         self._fmha = importlib.import_module("xformers.ops.fmha")
         operators = importlib.import_module(f"xformers.ops.fmha.{module}")

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from longnet_kit.attention import padding
+from longnet_kit.attention import derivatives, padding
 from longnet_kit.attention.block_sparse_pieces import pieces
 from longnet_kit.attention.patterns import BlockSparse
 from longnet_kit.errors import UserError
@@ -33,6 +32,9 @@ Key = tuple[str, int, int, int]
 
 class Kernel(Protocol):
     """Attention under a bias, with the log of the softmax denominators handed out and in."""
+
+    name: str
+    """Of its backend, for messages."""
 
     @staticmethod
     def bias(queries: list[int], keys: list[int], causal: bool, device: torch.device) -> Any:
@@ -74,6 +76,8 @@ def attend(
     Raises:
         UserError: one sequence is too long for the kernels' 32-bit counters.
     """
+    derivatives.refuse_forward_mode(kernel.name, q, k, v)
+    derivatives.refuse_transforms(kernel.name)
     scale = q.shape[-1] ** -0.5
     if key_padding_mask is not None:
         q, k, v = padding.hide(q, k, v, key_padding_mask)
@@ -135,17 +139,24 @@ class _Merged(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
-        totals = tuple(torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
-        with torch.autocast(q.device.type, enabled=False):
-            for queries, keys, bias in ctx.calls:
-                saved = (out[:, queries], lse[..., queries].contiguous(), q[:, queries], k[:, keys], v[:, keys])
-                parts = ctx.kernel.backward(grad[:, queries].contiguous(), *saved, bias, ctx.scale)
-                for total, part, index in zip(totals, parts, (queries, keys, keys), strict=True):
-                    total[:, index] += part  # no index twice within a call
-        return *(total.to(q.dtype) for total in totals), None, None, None
+        gradients = functools.partial(_gradients, ctx.calls, ctx.kernel, ctx.scale)
+        return *derivatives.once(ctx.kernel.name, gradients, grad, *ctx.saved_tensors), None, None, None
+
+
+def _gradients(
+    calls: Sequence[Call], kernel: Kernel, scale: float, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, k and v through all calls."""
+    totals = tuple(torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        for queries, keys, bias in calls:
+            saved = (out[:, queries], lse[..., queries].contiguous(), q[:, queries], k[:, keys], v[:, keys])
+            parts = kernel.backward(grad[:, queries].contiguous(), *saved, bias, scale)
+            for total, part, index in zip(totals, parts, (queries, keys, keys), strict=True):
+                total[:, index] += part  # no index twice within a call
+    return tuple(total.to(q.dtype) for total in totals)
 
 
 def _key(pattern: BlockSparse) -> Key:

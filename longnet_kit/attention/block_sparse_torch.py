@@ -65,6 +65,8 @@ class Run(NamedTuple):
 class Torch:
     """The kernels of `longnet_kit.attention.flash`, under a bias that is a list of `Run`."""
 
+    name = "the attention backend block_sparse"
+
     @staticmethod
     def bias(queries: list[int], keys: list[int], causal: bool, device: torch.device) -> list[Run]:
         """See `block_sparse_merged.Kernel`; segments of causal pieces have as many keys as queries."""

@@ -14,13 +14,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.library import CustomOpDef  # pyright: ignore[reportPrivateImportUsage] what custom_op gives, not in __all__
 from torch.utils.flop_counter import register_flop_formula
 
-from longnet_kit.attention import dilated_compact, patterns
+from longnet_kit.attention import derivatives, dilated_compact, padding, patterns
 from longnet_kit.attention.mixture import Gradients, Mixture, exact, unit_stride
 from longnet_kit.attention.views import View, branch_views
+
+_NAME = "the attention backend dilated"
 
 
 @torch.library.custom_op("longnet_kit::dilated", mutates_args=())
@@ -92,7 +95,10 @@ def _dense_first(
 
 
 def make_differentiable(op: CustomOpDef, backward_op: CustomOpDef) -> None:
-    """Give operations with the arguments of `dilated` and `dilated_backward` their fake kernels and autograd."""
+    """Give operations with the arguments of `dilated` and `dilated_backward` their fake kernels and autograd.
+
+    There are first derivatives in reverse mode; others raise a UserError.
+    """
 
     def fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=exact(q))
@@ -103,15 +109,28 @@ def make_differentiable(op: CustomOpDef, backward_op: CustomOpDef) -> None:
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         q, k, v, *ctx.settings = inputs
         ctx.save_for_backward(q, k, v, *output)
-        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # mostly nothing uses lse
 
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = backward_op(grad_out, *ctx.saved_tensors, *ctx.settings)
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        if grad_lse is None:
+            grads = backward_op(grad_out, q, k, v, out, lse, *ctx.settings)
+        else:
+            # A column of ones in v, of zeros in out: a kernel's ds = p (grad_out v - grad_out out) gains p grad_lse.
+            q, k, out = (F.pad(x, (0, padding.COLUMNS)) for x in (q, k, out))
+            v = F.pad(v, (0, padding.COLUMNS), value=1.0)
+            column = F.pad(grad_lse[..., None].to(out.dtype), (0, padding.COLUMNS - 1))
+            wide = backward_op(torch.cat((grad_out, column), -1), q, k, v, out, lse, *ctx.settings)
+            grads = tuple(grad[..., : -padding.COLUMNS] for grad in wide)
         return (*grads, *(None for _ in ctx.settings))
 
     op.register_fake(fake)
     backward_op.register_fake(backward_fake)
     op.register_autograd(backward, setup_context=save)
+    backward_op.register_autograd(lambda *_: derivatives.refuse_second(_NAME))
+    derivatives.guard(op, _NAME)
+    derivatives.guard(backward_op, _NAME)
 
 
 def forward_flops(q_shape: Sequence[int], k_shape: Any, v_shape: Any, *settings: Any, **_: Any) -> int:

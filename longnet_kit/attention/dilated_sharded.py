@@ -8,13 +8,14 @@ gradients of the foreign keys and values home by a reduce-scatter.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longnet_kit.attention import flash
+from longnet_kit.attention import derivatives, flash
 from longnet_kit.attention.backend import Support
 from longnet_kit.attention.inputs import divisors
 from longnet_kit.attention.mixture import Gradients, Mixture, unit_stride
@@ -246,17 +247,25 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @torch.compiler.disable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, out, lse, *gathered = ctx.saved_tensors
-        branches, causal, scale = ctx.settings
-        grad_out = unit_stride(grad_out)
-        grads = Gradients(q, covered=False)
-        spanning = [b for b in branches if isinstance(b, _Spanning)]
-        transfers = [
-            branch.group.reduce_scatter(branch.gradients(grads.dq, grad_out, q, out, lse, entries, causal, scale))
-            for branch, entries in zip(spanning, gathered, strict=True)
-        ]
-        for branch in branches:
-            grads.add(branch.views, grad_out, q, k, v, out, lse, causal, scale)
-        for branch, transfer in zip(spanning, transfers, strict=True):
-            branch.unpack(transfer(), grads.dk, grads.dv)
-        return *grads.take(q.dtype), None, None, None
+        gradients = functools.partial(_gradients, *ctx.settings)
+        found = derivatives.once("the attention backend dilated", gradients, grad_out, *ctx.saved_tensors)
+        return *found, None, None, None
+
+
+def _gradients(
+    branches: list[_Local | _Spanning], causal: bool, scale: float, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    out: Tensor, lse: Tensor, *gathered: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, k and v through all branches."""
+    grad_out = unit_stride(grad_out)
+    grads = Gradients(q, covered=False)
+    spanning = [b for b in branches if isinstance(b, _Spanning)]
+    transfers = [
+        branch.group.reduce_scatter(branch.gradients(grads.dq, grad_out, q, out, lse, entries, causal, scale))
+        for branch, entries in zip(spanning, gathered, strict=True)
+    ]
+    for branch in branches:
+        grads.add(branch.views, grad_out, q, k, v, out, lse, causal, scale)
+    for branch, transfer in zip(spanning, transfers, strict=True):
+        branch.unpack(transfer(), grads.dk, grads.dv)
+    return grads.take(q.dtype)

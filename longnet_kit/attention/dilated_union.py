@@ -21,7 +21,7 @@ from longnet_kit.attention.backend import Support
 from longnet_kit.attention.dilated_cached import DilatedCache
 from longnet_kit.attention.dilated_mixing import Call, Combination
 from longnet_kit.attention.dilated_op import backward_flops, forward_flops, make_differentiable
-from longnet_kit.attention.inputs import nearest_divisor
+from longnet_kit.attention.inputs import exactly, nearest_divisor
 from longnet_kit.attention.mixture import Gradients, Mixture, exact, unit_stride
 from longnet_kit.attention.sharding import SequenceShard, to_heads, to_sequence, whole_sequence
 from longnet_kit.attention.views import View, branch_views
@@ -231,6 +231,7 @@ def _hidden(marks: Sequence[Tensor], first: int, last: int, causal: bool) -> Ten
     return hidden
 
 
+@exactly
 def _forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention to the keys that are not hidden and the log of its denominators; 0 and -inf where all are.
 
@@ -246,6 +247,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> t
     return out, (total.log() + largest).squeeze(-1)
 
 
+@exactly
 def _backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, hidden: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longnet_kit.attention import routes
+from longnet_kit.attention.inputs import exactly
 
 aten = torch.ops.aten
 
@@ -171,6 +172,7 @@ def _no_dropout(q: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=q.device)
 
 
+@exactly
 def _math_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
     for s in _score_slices(q, k):
@@ -181,6 +183,7 @@ def _math_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
     return torch.cat(outs), torch.cat(lses)
 
 
+@exactly
 def _math_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from longnet_kit.errors import UserError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -61,9 +67,40 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | Non
         raise UserError(f"key_padding_mask is on {key_padding_mask.device} but q is on {q.device}; move it there")
 
 
+def check_output(out: Tensor, q: Tensor, backend: Any) -> None:
+    """Raise a UserError that names the backend, unless its output has the shape, dtype and device of the queries."""
+    if not isinstance(out, Tensor):
+        found, expected = f"a {type(out).__name__}", "a tensor"
+    elif out.shape != q.shape:
+        found, expected = f"shape {tuple(out.shape)}", f"that of q, {tuple(q.shape)}"
+    elif out.device != q.device:
+        found, expected = f"a tensor on {out.device}", f"one on {q.device}, as q is"
+    elif out.dtype != q.dtype and not (torch.is_autocast_enabled(q.device.type) and out.dtype in FLOATS):
+        found, expected = str(out.dtype), f"{q.dtype}, as q is"
+    else:
+        return
+    raise UserError(
+        f"{backend.title} returns {found}, expected {expected}; `longnet check-backend` shows what else is wrong"
+    )
+
+
 def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in the dtype that autocast asks for; float64 stays."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def exactly(compute: Callable[P, T]) -> Callable[P, T]:
+    """Run a function of tensors without autocast, which would round its products: of scores, say."""
+
+    @functools.wraps(compute)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return compute(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return compute(*args, **kwargs)
+
+    return run

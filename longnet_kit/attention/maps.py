@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longnet_kit.attention import patterns
+from longnet_kit.attention.inputs import exactly
 from longnet_kit.attention.patterns import Dilated, Pattern
 from longnet_kit.errors import UserError
 
@@ -19,8 +20,9 @@ MAX_SCORES = 2**24
 """How many scores of chosen queries are held at a time."""
 
 
+@exactly
 def weigh(q: Tensor, k: Tensor, m: Tensor, real: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + log m): the weight of each key for each query, at least float32.
+    """softmax(q k^T / sqrt(D) + log m): the weight of each key for each query, computed in at least float32.
 
     Args:
         q: (B, Q, H, D).
@@ -177,9 +179,8 @@ def _widened(q: Tensor, k: Tensor, key_padding_mask: Tensor | None) -> tuple[Ten
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """q k^T / sqrt(D): (B, Q, H, D) and (B, N, H, D) to (B, H, Q, N), at least float32."""
-    products = torch.einsum("bphd,bkhd->bhpk", q, k)
-    # Under autocast the products are low-precision; the softmax never is.
-    return products.to(torch.promote_types(products.dtype, torch.float32)) / q.shape[-1] ** 0.5
+    exact = torch.promote_types(q.dtype, torch.float32)
+    return torch.einsum("bphd,bkhd->bhpk", q.to(exact), k.to(exact)) / q.shape[-1] ** 0.5
 
 
 def _both_real(key_padding_mask: Tensor | None, queries: Tensor) -> Tensor | None:

@@ -82,12 +82,12 @@ class MultiheadDilatedAttention(nn.Module):
             query, key, value: (N, B, E), (B, N, E) with `batch_first`, or (N, E); of one length.
             key_padding_mask: (B, N), or (N,): bool, True where a key is not to be seen, or float, -inf there and 0
                 elsewhere. What padded queries output means nothing.
-            need_weights: return the weights too, exact, in memory that grows with N squared; pass False for long
-                sequences.
+            need_weights: return the weights too, exact but without gradients. Memory grows with N squared; pass False
+                for long sequences.
             attn_mask: None, or the causal mask of `torch.nn.Transformer.generate_square_subsequent_mask`, bool or
                 float: what a token sees is the branches' business.
             average_attn_weights: the weights' mean over the heads, not each head's.
-            is_causal: a token sees none after it; `attn_mask` is not needed for it.
+            is_causal: a token sees none after it. It needs no `attn_mask`, and allows the causal one alone.
 
         Returns:
             The output, shaped as query, and (B, N, N) or (B, H, N, N) weights, without B where query has none; None
@@ -102,7 +102,7 @@ class MultiheadDilatedAttention(nn.Module):
         is_batched = query.dim() == 3
         q, k, v = (self._batch_first(x) for x in (query, key, value))  # (B, N, E)
         real = _real(key_padding_mask, q)
-        causal = is_causal or _is_causal(attn_mask, q.shape[1])
+        causal = _is_causal(attn_mask, q.shape[1]) or is_causal  # the mask is checked in any case
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         parts = zip((q, k, v), self.in_proj_weight.chunk(3), biases, strict=True)
         q, k, v = (F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)) for x, weight, bias in parts)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from longnet_kit.attention import padding, patterns, register
+from longnet_kit.attention import derivatives, padding, patterns, register
 from longnet_kit.attention.backend import AttentionBackend
 from longnet_kit.attention.cache import KeyValueCache
 from longnet_kit.attention.mixture import causal_after, unit_stride
@@ -24,6 +24,7 @@ class SDPA(AttentionBackend):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, key_padding_mask: Tensor | None = None
     ) -> Tensor:
+        derivatives.refuse_forward_mode("the attention backend sdpa", q, k, v)
         scale = q.shape[-1] ** -0.5
         if key_padding_mask is None:
             return _dense(q, k, v, causal, scale)

@@ -101,7 +101,7 @@ class _ToHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _gather_heads(grad, ctx.shard), None
+        return to_sequence(grad, ctx.shard), None
 
 
 class _ToSequence(torch.autograd.Function):
@@ -112,7 +112,7 @@ class _ToSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _gather_sequence(grad, ctx.shard), None
+        return to_heads(grad, ctx.shard), None
 
 
 def _gather_sequence(x: Tensor, shard: SequenceShard) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longnet_kit.attention import derivatives
 from longnet_kit.attention.sharding import SequenceShard
 from longnet_kit.errors import UserError
 from longnet_kit.model.transformer import Transformer
@@ -88,6 +89,8 @@ def mean_of_real(states: Tensor, key_padding_mask: Tensor | None, shard: Sequenc
     total = wide.masked_fill(~key_padding_mask[..., None], 0).sum(1)
     count = key_padding_mask.sum(1, keepdim=True).to(wide.dtype)  # (B, 1)
     if shard is not None and shard.size > 1:
+        derivatives.refuse_forward_mode("a sequence on several ranks", total)
+        derivatives.refuse_transforms("a sequence on several ranks")
         total, count = _OverShards.apply(torch.cat((total, count), 1), shard).tensor_split((total.shape[1],), 1)
     return (total / count).to(states.dtype)
 
@@ -102,4 +105,4 @@ class _OverShards(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.shard.all_gather(grad.contiguous()[None])().sum(0), None
+        return _OverShards.apply(grad.contiguous(), ctx.shard), None  # type: ignore[return-value]

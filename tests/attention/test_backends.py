@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import Tensor
 
 from longnet_kit import attention
+from longnet_kit.attention import sharding
+from longnet_kit.errors import UserError
+from longnet_kit.parallel import threads
 from tests.attention.oracle import Problem, dilated_options, problem, problems
 
 pytestmark = pytest.mark.filterwarnings("ignore:no branch has dilation rate 1")
@@ -94,6 +100,65 @@ def test_scores_as_large_as_trained_models_give_them_stay_exact() -> None:
     drawn.qkv[:, :, :2] *= 30  # denominators far beyond the range of exp
     backend = attention.build({"backend": "dilated", "segment_lengths": [8, 40], "dilation_rates": [1, 2]})
     drawn.assert_matches(backend, backend.pattern)
+
+
+EVERY = {
+    **CONFIGS,
+    "set": {**CONFIGS["dilated"], "overlap": "set"},
+    "equal": {**CONFIGS["dilated"], "mixing": "equal"},
+    "block_sparse": {"backend": "block_sparse", "block_size": 4, "local_blocks": 2},
+    "xformers": {"backend": "xformers", "block_size": 16},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", EVERY)
+def test_scores_are_exact_in_half_precision_on_every_route(name: str, dtype: torch.dtype) -> None:
+    """Inputs of deviation 4 give scores up to 100: rounded to half precision before the softmax, weights are off."""
+    backend = attention.build(EVERY[name])
+    qkv = torch.randn(2, 40, 3, 3, 16).mul_(torch.tensor([4, 4, 1])[:, None, None]).to(dtype)
+    q, k, v = qkv.unbind(2)
+    given = [x.double() for x in (q, k, v)]
+    mask = torch.arange(40) < torch.tensor([[40], [23]])
+    near = 2 * torch.finfo(dtype).eps * v.abs().max()
+
+    def work(shard: threads.ThreadShard) -> Tensor:
+        own = attention.build(EVERY[name])
+        sharding.bind(own, shard)
+        return own(*(x.chunk(2, 1)[shard.rank] for x in (q, k, v)))
+
+    for causal in (True, False):
+        for padding in (None, mask):
+            expected = backend(*given, causal, padding)
+            assert (backend(q, k, v, causal, padding) - expected).abs().max() < near
+            with torch.autocast("cpu", dtype):
+                assert (backend(q.float(), k.float(), v.float(), causal, padding) - expected).abs().max() < near
+    expected = backend(*given)
+    if name != "set":
+        cache = backend.new_cache(2, 3, 16, dtype=dtype, max_tokens=40)
+        steps = [backend(q[:, s], k[:, s], v[:, s], cache=cache) for s in (slice(17), slice(17, 18), slice(18, 40))]
+        assert (torch.cat(steps, 1) - expected).abs().max() < near
+    if EVERY[name]["backend"] in ("naive", "sdpa"):  # with branches in test_sharding
+        heads = [x.repeat(1, 1, 2, 1) for x in (q, k, v)]
+        q, k, v = heads
+        sharded = torch.cat(threads.run(2, work), 1)
+        assert (sharded - backend(*(x.double() for x in heads))).abs().max() < near
+    found, right = (backend.attention_map(x, y) for x, y in (qkv.unbind(2)[:2], given[:2]))
+    assert (found - right).abs().max() < 1e-4
+    if backend.branches:
+        found, right = (backend.branch_weights(x, y) for x, y in (qkv.unbind(2)[:2], given[:2]))
+        assert (found - right).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", EVERY)
+def test_scores_beyond_half_precision_do_no_harm(name: str, dtype: torch.dtype) -> None:
+    q = torch.full((1, 20, 2, 16), 300.0, dtype=dtype)
+    v = torch.ones_like(q)
+    backend = attention.build(EVERY[name])
+    assert (backend(q, q, v) - 1).abs().max() < 0.02  # an lse of 360,000 is exact to 1 / 64 in float32
+    with torch.autocast("cpu", dtype):
+        assert (backend(q.float(), q.float(), v.float()) - 1).abs().max() < 0.02
 
 
 def test_an_lse_of_zero_counts() -> None:
@@ -184,3 +249,50 @@ def test_registering_a_taken_name_raises() -> None:
     with pytest.raises(ValueError, match="already registered by longnet_kit.attention.sdpa.SDPA"):
         attention.register("sdpa")(attention.AttentionBackend)
     assert {"dilated", "naive", "sdpa"} <= set(attention.names())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda out: out.flatten(2), r"returns shape \(1, 8, 8\), expected that of q, \(1, 8, 2, 4\)"),
+        (lambda out: out.double(), r"returns torch.float64, expected torch.float32"),
+        (lambda out: out.to("meta"), "returns a tensor on meta, expected one on cpu"),
+        (lambda out: (out, None), "returns a tuple, expected a tensor"),
+    ],
+)
+def test_an_output_is_checked_at_the_door(spoil: Any, words: str) -> None:
+    class Spoilt(attention.AttentionBackend):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, mask: Tensor | None = None) -> Tensor:
+            return spoil(v)
+
+        def new_cache(self, *args: Any, **factory: Any) -> attention.KeyValueCache:
+            return attention.KeyValueCache(*args, **factory)
+
+        def forward_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
+            return spoil(v)
+
+    def work(shard: threads.ThreadShard) -> None:
+        own = Spoilt()
+        sharding.bind(own, shard)
+        with pytest.raises(UserError, match=words.split(",")[0].replace("8, 8", "16, 4")):
+            own(q, q, q)
+
+    q, whole = torch.zeros(1, 8, 2, 4), f"Spoilt {words}.*longnet check-backend"
+    with pytest.raises(UserError, match=whole):
+        Spoilt()(q, q, q)
+    with pytest.raises(UserError, match=whole):
+        Spoilt()(q, q, q, cache=Spoilt().new_cache(1, 2, 4, max_tokens=8))
+    threads.run(2, work)
+
+
+def test_the_message_about_an_output_has_the_registered_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = attention.build({"backend": "sdpa"})
+    monkeypatch.setattr(backend, "forward", lambda q, *_: q[:, :1])
+    q = torch.zeros(1, 8, 2, 4)
+    with pytest.raises(UserError, match="the attention backend sdpa returns"):
+        backend(q, q, q)
+
+
+def test_an_unknown_name_says_where_plug_ins_are_listed() -> None:
+    with pytest.raises(UserError, match=r"unknown attention backend 'mine'; known: .*listed under imports:"):
+        attention.build({"backend": "mine"})

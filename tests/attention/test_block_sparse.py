@@ -42,6 +42,8 @@ def backend_of(pattern: BlockSparse, name: str = "xformers") -> attention.Attent
 class Plain:
     """fmha's part, in plain torch under the materialised bias."""
 
+    name = "plain"
+
     bias = staticmethod(block_sparse_fmha.Fmha.bias)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float) -> tuple[Tensor, Tensor]:

@@ -118,6 +118,8 @@ def test_it_stands_in_an_encoder_layer_of_torch(branches: tuple[list[int], list[
     ("call", "words"),
     [
         ({"attn_mask": torch.zeros(N, N)}, "is not the causal mask of 13 tokens"),
+        ({"attn_mask": ~torch.eye(N, dtype=torch.bool), "is_causal": True}, "is not the causal mask"),
+        ({"attn_mask": torch.zeros(N, N), "is_causal": True, "need_weights": False}, "is not the causal mask"),
         ({"attn_mask": torch.ones(N, N).triu(1)}, "is not the causal mask"),
         ({"attn_mask": torch.ones(B * H, N, N, dtype=torch.bool).triu(1)}, "is not the causal mask"),
         ({"key_padding_mask": torch.zeros(B, N + 1, dtype=torch.bool)}, r"of shape \(2, 14\), expected bool or float"),
