@@ -176,7 +176,9 @@ def tar() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [("text\n".encode("utf-16"), "UTF-16"), ("text\n".encode("utf-32"), "UTF-16"), (tar(), "tar")]
+    ("content", "told"),
+    [("text\n".encode("utf-16"), "UTF-16"), ("text\n".encode("utf-32"), "UTF-16"), (tar(), "tar")],
+    ids=["utf-16", "utf-32", "tar"],
 )
 def test_other_encodings_and_archives_are_known_by_their_first_bytes(
     tmp_path: Path, content: bytes, told: str, monkeypatch: pytest.MonkeyPatch
