@@ -65,6 +65,22 @@ class _Once(torch.autograd.Function):
         refuse_second(ctx.what)
 
 
+def without_gradient(what: str, x: Tensor, *origins: Tensor) -> Tensor:
+    """Mark a tensor that was computed without autograd from others: differentiating it raises; it is not constant."""
+    return _WithoutGradient.apply(what, x, *origins)  # type: ignore[return-value]
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, what: str, x: Tensor, *origins: Tensor) -> Tensor:
+        ctx.what = what
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise UserError(f"{ctx.what} have no gradients; detach them, or differentiate the output alone")
+
+
 def guard(op: CustomOpDef, what: str) -> None:
     """Make an operation raise under forward mode, where torch's kernel drops tangents, and inside `torch.func.grad`.
 

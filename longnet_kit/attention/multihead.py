@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longnet_kit.attention import derivatives
 from longnet_kit.attention.dilated import DilatedAttention
 from longnet_kit.attention.patterns import HeadOffsets
 from longnet_kit.errors import UserError
@@ -82,7 +83,7 @@ class MultiheadDilatedAttention(nn.Module):
             query, key, value: (N, B, E), (B, N, E) with `batch_first`, or (N, E); of one length.
             key_padding_mask: (B, N), or (N,): bool, True where a key is not to be seen, or float, -inf there and 0
                 elsewhere. What padded queries output means nothing.
-            need_weights: return the weights too, exact but without gradients. Memory grows with N squared; pass False
+            need_weights: return the weights too, exact; a gradient through them raises. Memory grows with N squared; pass False
                 for long sequences.
             attn_mask: None, or the causal mask of `torch.nn.Transformer.generate_square_subsequent_mask`, bool or
                 float: what a token sees is the branches' business.
@@ -111,6 +112,7 @@ class MultiheadDilatedAttention(nn.Module):
         if need_weights:
             weights = self.attention.attention_map(q, k, causal=causal, key_padding_mask=real).to(q.dtype)
             weights = weights.mean(1) if average_attn_weights else weights
+            weights = derivatives.without_gradient("the weights of MultiheadDilatedAttention", weights, q, k)
         if not is_batched:
             return out[0], None if weights is None else weights[0]
         return out if self.batch_first else out.transpose(0, 1), weights

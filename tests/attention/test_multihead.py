@@ -142,3 +142,14 @@ def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"have shapes \(13, 2, 24\), \(12, 2, 24\), \(13, 2, 24\)"):
         module(x, x[1:], x)
     assert module.attention.branches == [(4, 1)] and "dilated" in attention.names()
+
+
+def test_a_gradient_through_the_weights_raises() -> None:
+    module = MultiheadDilatedAttention(E, H, [4], [1], batch_first=True)
+    x = torch.randn(B, N, E, requires_grad=True)
+    out, weights = module(x, x, x)
+    out.sum().backward()  # the output's gradients are there
+    assert weights is not None and x.grad is not None
+    _, weights = module(x, x, x)
+    with pytest.raises(ValueError, match="the weights of MultiheadDilatedAttention have no gradients"):
+        weights.square().sum().backward()
