@@ -83,8 +83,8 @@ class MultiheadDilatedAttention(nn.Module):
             query, key, value: (N, B, E), (B, N, E) with `batch_first`, or (N, E); of one length.
             key_padding_mask: (B, N), or (N,): bool, True where a key is not to be seen, or float, -inf there and 0
                 elsewhere. What padded queries output means nothing.
-            need_weights: return the weights too, exact; a gradient through them raises. Memory grows with N squared; pass False
-                for long sequences.
+            need_weights: return the weights too, exact; a gradient through them raises. Memory grows with N squared;
+                pass False for long sequences.
             attn_mask: None, or the causal mask of `torch.nn.Transformer.generate_square_subsequent_mask`, bool or
                 float: what a token sees is the branches' business.
             average_attn_weights: the weights' mean over the heads, not each head's.

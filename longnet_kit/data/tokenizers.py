@@ -155,7 +155,8 @@ class JSON(Tokenizer):
     def __init__(self, path: str) -> None:
         file = os.path.expanduser(path)
         if not os.path.isfile(file):
-            what = "does not exist" if not os.path.exists(file) else "is no regular file"
+            there = "is a folder" if os.path.isdir(file) else "is no regular file"
+            what = there if os.path.exists(file) else "does not exist"
             raise DataError(f"data.tokenizer: the file {path} {what}; give a tokenizer JSON file, {_CHOICES}")
         try:
             import tokenizers
