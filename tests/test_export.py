@@ -335,7 +335,10 @@ DAMAGED = r"b\.safetensors is not a safetensors file, or it is damaged \(.+\); g
 BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut off": (lambda raw: raw[:-1000], DAMAGED),
     "empty": (lambda raw: b"", DAMAGED),
-    "text": (lambda raw: b"The quick brown fox jumps over the lazy dog", DAMAGED),
+    "text": (
+        lambda raw: b"The quick brown fox jumps over the lazy dog",
+        r"b\.safetensors is a text file, and holds no",
+    ),
     "a damaged header": (lambda raw: raw[:30] + b"\xff" + raw[31:], DAMAGED),
     "no tensor": (lambda raw: header(json.dumps({})), r"b\.safetensors do not fit .*embedding.weight is only here"),
 }

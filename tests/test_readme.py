@@ -66,6 +66,7 @@ def check_that_it_serves(command: str, desk: Path) -> None:
     assert process.wait(120) == 0
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(1800)  # on a busy machine; 3 minutes on an idle one
 def test_every_command_runs(desk: Path) -> None:
     """In order, since later commands use earlier runs; training is cut to two small steps."""

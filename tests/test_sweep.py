@@ -324,6 +324,7 @@ def test_a_closed_terminal_may_send_its_signal_twice_and_the_run_still_saves(fol
     assert Path("saved").exists()
 
 
+@pytest.mark.soak
 def test_a_run_that_fails_stops_no_other(start: Callable[..., Sweep]) -> None:
     out = start(*ALONE, "model.attention.backend=sdpa,broken,hurdle").end(1)
     log = Path("runs/tiny_sweep/backend-broken.log")

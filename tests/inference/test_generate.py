@@ -217,7 +217,7 @@ def test_a_plug_in_is_found_beside_the_exported_file(capfd: pytest.CaptureFixtur
 
 
 def test_bytes_that_are_no_text_are_taken_by_a_tokenizer_of_bytes(capfd: pytest.CaptureFixture[str]) -> None:
-    Path("raw.bin").write_bytes(b"\xff\xfe 0.1")
+    Path("raw.bin").write_bytes(b"\xff 0.1\xfe")
     assert run(capfd, "runs/tiny", "--prompt-file", "raw.bin", "--max-new-tokens", "2")[0] == 0
     command = [sys.executable, "-m", "longnet_kit.cli", "generate", "runs/tiny", "--max-new-tokens", "3", "--prompt"]
     found = subprocess.run([*map(os.fsencode, command), b"\xff 0.1"], capture_output=True)

@@ -390,7 +390,7 @@ def test_attention_that_keeps_every_token_has_its_limit_told(capsys: pytest.Capt
         ([], "FILES is empty"),
         (["empty.txt"], "empty.txt: there is no text in it"),
         (["empty.jsonl"], "empty.jsonl: there is no text in it"),
-        (["one.txt", "/dev/null"], "FILES: /dev/null: no regular file"),
+        (["one.txt", "/dev/null"], "FILES: /dev/null is no regular file, and it is read more than once"),
         (["one.txt", "--tokens", "1" + "0" * 16], "expected 1 to 1,000,000,000,000,000"),
         (["one.txt", "--tokens", "0"], "'0': expected a whole number of at least 1"),
         (["one.txt", "--repeat"], "--repeat never ends by itself"),

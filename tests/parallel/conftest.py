@@ -37,11 +37,11 @@ def on_one(shared_folder: Path) -> dict[str, scenarios.Outcome]:
         return torch.load(file, weights_only=False)
 
 
-CPU = [("2", "cpu"), ("4", "cpu"), ("2x2", "cpu")]
+CPU = [("2", "cpu"), pytest.param(("4", "cpu"), marks=pytest.mark.soak), ("2x2", "cpu")]
 CUDA = [pytest.param((layout, "cuda"), marks=pytest.mark.gpu) for layout in ("2", "4", "2x2")]
 
 
-@pytest.fixture(scope="session", params=[*CPU, *CUDA], ids=lambda place: "-".join(place))
+@pytest.fixture(scope="session", params=[*CPU, *CUDA], ids="-".join)
 def place(request: pytest.FixtureRequest) -> tuple[str, str]:
     """A layout and the accelerator that it runs on."""
     layout, accelerator = request.param

@@ -89,7 +89,13 @@ def jobs(tmp_path: Path) -> Iterator[Callable[[bool], Job]]:
 @pytest.mark.parametrize(
     ("by_command", "how", "victim"),
     [
-        pytest.param(by_command, how, victim, id=f"rank {victim} {what}, started by {starter}")
+        pytest.param(
+            by_command,
+            how,
+            victim,
+            id=f"rank {victim} {what}, started by {starter}",
+            marks=[pytest.mark.soak] if what == "hangs" and (victim, by_command) != (0, True) else [],
+        )
         for by_command, starter in ((True, "the command"), (False, "others"))
         for how, what in ((signal.SIGKILL, "dies"), (signal.SIGSTOP, "hangs"))
         for victim in (0, 1)

@@ -159,6 +159,7 @@ def test_torchrun_on_one_node(folder: Path, alone: dict[str, float]) -> None:
     assert_one_run(folder, alone)
 
 
+@pytest.mark.soak
 def test_torchrun_on_two_nodes(folder: Path, alone: dict[str, float]) -> None:
     """Both on this machine, as the README says for two: one process each, that share a sequence."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--nnodes=2"]
@@ -188,6 +189,7 @@ def test_an_error_of_the_first_rank_ends_all_and_is_told_once(folder: Path) -> N
     assert "Traceback" not in out
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("strategy", ["ddp", "sequence_parallel"])
 def test_process_groups_outlive_the_interpreter(strategy: str, folder: Path) -> None:
     """Closing them while it ends aborted 3 of 100 finished processes; by the garbage collector, it hung 40 of 50."""
