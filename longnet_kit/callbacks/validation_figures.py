@@ -23,7 +23,9 @@ class LossByPosition(Callback):
             return
         model: Any = pl_module.model
         shared = -(-model.seq_len // len(losses))
-        draw(trainer, "val/loss_by_position", figures.loss_by_position(losses.numpy(), positions_per_loss=shared))
+        tokens = getattr(pl_module, "tokens_by_position", None)
+        tokens = None if tokens is None else tokens.numpy()
+        draw(trainer, "val/loss_by_position", figures.loss_by_position(losses.numpy(), tokens, shared))
 
 
 class PerplexityByContext(Callback):

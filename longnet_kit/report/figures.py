@@ -17,18 +17,23 @@ from longnet_kit.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LEAST = 32
+"""A bin of losses holds at least one of so many equal parts of all tokens."""
+
 
 def as_label(text: str) -> str:
     """Escape text that a figure shows: a dollar sign begins no formula."""
     return terminal.printable(text, keep="").replace("$", r"\$")
 
 
-def loss_by_position(losses: NDArray[np.floating], bins_per_octave: int = 2, positions_per_loss: int = 1) -> Figure:
-    """Draw mean loss against the position in the context, in bins of equal width on a logarithmic axis.
+def loss_by_position(
+    losses: NDArray[np.floating], tokens: NDArray[np.integer] | None = None, positions_per_loss: int = 1
+) -> Figure:
+    """Draw mean loss against the position in the context, on a logarithmic axis; bins are those of `log_bins`.
 
     Args:
         losses: (seq_len,), nats, first position first; NaN where there was no token.
-        bins_per_octave: bins from one position to its double.
+        tokens: (seq_len,), how many tokens each loss is the mean of; None: equally many.
         positions_per_loss: neighbouring positions that each loss is the mean of.
 
     Raises:
@@ -36,7 +41,7 @@ def loss_by_position(losses: NDArray[np.floating], bins_per_octave: int = 2, pos
     """
     from matplotlib.figure import Figure
 
-    centres, means = log_bins(losses, bins_per_octave, positions_per_loss)
+    centres, means = log_bins(losses, tokens, positions_per_loss=positions_per_loss)
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(centres, means, marker="o", markersize=3)
@@ -119,22 +124,32 @@ def _viridis(shade: float) -> tuple[float, float, float, float]:
 
 
 def log_bins(
-    losses: NDArray[np.floating], per_octave: int, positions_per_loss: int = 1
+    losses: NDArray[np.floating],
+    tokens: NDArray[np.integer] | None = None,
+    per_octave: int = 2,
+    positions_per_loss: int = 1,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean loss and mean position (counted from 1) of each bin that has tokens.
+    """Mean loss and mean position (counted from 1) of bins that hold comparable numbers of tokens.
 
-    Bins are cut backwards from the last position, so that the last bin is as wide as its octave's others: a last bin of
-    a few positions is noise that looks like a cliff. A bin begins after the position at which the one before it ends.
+    Bins are cut backwards from the last position, `per_octave` for each halving of it, and joined with the bin before
+    until each holds 1/32 of all tokens: a bin of a few tokens is noise, which looks like a property of the attention.
     """
     known = np.flatnonzero(~np.isnan(losses))
     if not len(known):
         raise UserError("there is no loss to draw: no position had a token; validate on at least one sample")
-    last = known[-1] + 1
+    last, weights = known[-1] + 1, np.ones(len(known)) if tokens is None else tokens[known].astype(float)
     index = np.floor(per_octave * np.log2(last / (known + 1.0)) + 1e-9).astype(int)  # 0 for the last bin
-    sizes = np.bincount(index)
-    filled = sizes > 0
+    held = np.bincount(index, weights)
+    joined, filled, least = np.zeros(len(held), int), 0.0, weights.sum() / LEAST
+    for i, count in enumerate(held):  # the bin that each octave's part belongs to, from the last one back
+        joined[i:] += i > 0 and filled >= least
+        filled = count + (0.0 if i > 0 and joined[i] > joined[i - 1] else filled)
+    if filled < least and joined[-1]:
+        joined[joined == joined[-1]] -= 1  # the first tokens are too few for a bin of their own
+    index = joined[index]
+    held = np.bincount(index, weights)
     centres = known * positions_per_loss + (positions_per_loss + 1) / 2  # of the positions that a loss is the mean of
-    mean = [(np.bincount(index, weights)[filled] / sizes[filled])[::-1] for weights in (centres, losses[known])]
+    mean = [(np.bincount(index, weights * x) / held)[::-1] for x in (centres, losses[known])]
     return mean[0], mean[1]
 
 

@@ -62,6 +62,7 @@ class LanguageModeling(Training):
         super().__init__(model, optimizer, max_steps=max_steps, eval_contexts=contexts)
         self.eval_contexts = contexts
         self.loss_by_position: Tensor | None = None
+        self.tokens_by_position: Tensor | None = None
         """Mean loss in nats at each position, (seq_len,), of the latest validation or test."""
 
     def forward(self, tokens: Tensor, **options: Tensor | None) -> Tensor:
@@ -106,8 +107,8 @@ class LanguageModeling(Training):
     def _finish_evaluation(self, stage: str) -> None:
         if self.trainer.sanity_checking:
             return
-        mean, by_position = self._metrics["whole"].compute()
-        self.loss_by_position = by_position.cpu()
+        mean, by_position, tokens = self._metrics["whole"].compute()
+        self.loss_by_position, self.tokens_by_position = by_position.cpu(), tokens.cpu()
         scalars = {f"{stage}/loss": mean, f"{stage}/perplexity": mean.exp()}
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", {}).get(stage)
         if bytes_per_token is not None:

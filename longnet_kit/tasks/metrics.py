@@ -38,6 +38,8 @@ class Losses(NamedTuple):
     """Over all tokens: scalar."""
     by_position: Tensor
     """(length,), or fewer of a context beyond 2^20 positions."""
+    tokens: Tensor
+    """How many tokens each of these is the mean of: int64."""
 
 
 MAX_PLACES = 2**20
@@ -77,4 +79,4 @@ class LossByPosition(Metric):
 
     def compute(self) -> Losses:
         """The means so far."""
-        return Losses(self.total.sum() / self.count.sum(), self.total / self.count)
+        return Losses(self.total.sum() / self.count.sum(), self.total / self.count, self.count)

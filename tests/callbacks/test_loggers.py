@@ -161,11 +161,14 @@ def test_figures_are_drawn_of_what_was_measured(tmp_path: Path, monkeypatch: pyt
     (drawn,) = asked["perplexity_by_context"]
     assert drawn == pytest.approx({length: table[tag][4] for length, tag in perplexities.items()}, rel=1e-6)
     assert asked["pattern_figure"] == (ours.model.attention_backends[0].pattern, 12, 2, False, "")
-    ours.loss_by_position = torch.ones(4)  # where neighbours of a long context share a mean
+    ours.loss_by_position, ours.tokens_by_position = (
+        torch.ones(4),
+        torch.ones(4, dtype=torch.int64),
+    )  # where neighbours of a long context share a mean
     for callback in watching[:1]:
         callback.on_validation_end(run, ours)
-    losses, shared = asked["loss_by_position"]
-    assert len(losses) == 4 and shared == SEQ_LEN / 4
+    losses, tokens, shared = asked["loss_by_position"]
+    assert len(losses) == len(tokens) == 4 and shared == SEQ_LEN / 4
 
 
 def test_nobody_watches_after_a_failed_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,16 +20,42 @@ def test_each_bin_is_the_mean_of_its_positions() -> None:
     np.testing.assert_allclose(means, [0, 1, 2.5, 5.5, 11.5])
     centres, _ = figures.log_bins(losses, per_octave=1, positions_per_loss=4)  # the first is that of positions 1 to 4
     np.testing.assert_allclose(centres, [2.5, 6.5, 12.5, 24.5, 48.5])
+    centres, means = figures.log_bins(np.array([4.0, 2.0, 1.0, 1.0]), np.array([1, 99, 150, 150]), per_octave=1)
+    np.testing.assert_allclose(centres, [199 / 100, 3.5])  # the only token of position 1 is too few for a bin
+    np.testing.assert_allclose(means, [202 / 100, 1])
 
 
-@pytest.mark.parametrize("length", [16, 1000, 1023, 1024, 1025, 2**16])
+def bins_of(losses: np.ndarray, tokens: np.ndarray, per_octave: int) -> list[float]:
+    """How many tokens each bin holds, found by marking a position at a time."""
+    shares: list[float] = []
+    for position in np.flatnonzero(~np.isnan(losses)):
+        marked = np.where(np.isnan(losses), np.nan, 0.0)
+        marked[position] = 1
+        means = figures.log_bins(marked, tokens, per_octave)[1]
+        shares = shares or [0.0] * len(means)
+        bin_ = int(np.flatnonzero(means)[0])
+        shares[bin_] = tokens[position] / means[bin_]
+    return shares
+
+
+@pytest.mark.parametrize("length", [16, 100, 127, 128, 129, 500])
 @pytest.mark.parametrize("per_octave", [1, 2])
-def test_the_last_bin_is_no_noisier_than_those_before_it(length: int, per_octave: int) -> None:
-    """It holds the last half of the positions, or 1 - 2^(-1/2) of them."""
-    noise = np.zeros(length)
-    noise[-1] = 1  # one odd loss moves the mean of its bin by one over the positions in it
-    _, means = figures.log_bins(noise, per_octave)
-    assert 1 / means[-1] >= (1 - 2 ** (-1 / per_octave)) * length - 1
+@pytest.mark.parametrize("kind", ["dense", "gaps", "uneven", "one at the end"])
+def test_bins_hold_comparable_numbers_of_tokens(length: int, per_octave: int, kind: str) -> None:
+    rng = np.random.default_rng(length)
+    losses, tokens = np.zeros(length), np.full(length, 3)
+    if kind == "gaps":
+        losses[rng.random(length) < 0.7] = np.nan
+    if kind == "uneven":
+        tokens = rng.integers(1, 1000, length)
+    if kind == "one at the end":
+        losses[length // 10 : -1] = np.nan
+    held = bins_of(losses, tokens, per_octave)
+    known = tokens[~np.isnan(losses)]
+    assert sum(held) == pytest.approx(known.sum())
+    assert min(held) >= known.sum() / 32 * (1 - 1e-9)
+    if kind == "dense" and length >= 100:
+        assert len(held) >= 4 * per_octave, "the axis still has points in each octave"
 
 
 def test_positions_without_tokens_are_left_out() -> None:
@@ -47,7 +73,7 @@ def test_positions_without_tokens_are_left_out() -> None:
 def test_every_position_is_in_one_bin(length: int) -> None:
     losses = np.random.default_rng(0).random(length)
     for per_octave in (1, 2, 3):
-        centres, means = figures.log_bins(losses, per_octave)
+        centres, means = figures.log_bins(losses, per_octave=per_octave)
         assert (np.diff(centres) > 0).all()
         assert len(centres) <= per_octave * (np.log2(length) + 1) + 1
         assert losses.min() <= means.min() and means.max() <= losses.max()
@@ -58,7 +84,7 @@ def test_the_figure_shows_the_bins_without_pyplot() -> None:
     figure = figures.loss_by_position(losses)
     (axes,) = figure.axes
     (line,) = axes.lines
-    np.testing.assert_allclose(line.get_xydata(), np.stack(figures.log_bins(losses, 2), axis=1))
+    np.testing.assert_allclose(line.get_xydata(), np.stack(figures.log_bins(losses), axis=1))
     assert axes.get_xscale() == "log"
     pixels = figures.pixels(figure)
     assert pixels.dtype == np.uint8 and pixels.shape[2] == 3 and pixels.std() > 5
