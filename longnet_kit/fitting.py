@@ -181,7 +181,7 @@ def _prepare(r: Recipe, trainer: Trainer, place: resume.Place) -> tuple[int, dic
         first_step = int(torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"])
         if trainer.is_global_zero:
             table = runs.of_checkpoint(ckpt) / runs.METRICS
-            with _writing_to(directory):
+            with _readable(table):
                 earlier = runs.rows_until(table, first_step, None if is_fork else _note)
     validated: dict[int, float] = trainer.strategy.broadcast(_validations(earlier))
     if is_fork:
@@ -223,6 +223,16 @@ def _note(text: str) -> None:
 def _explained(r: Recipe, error: BaseException, trainer: Trainer) -> str:
     is_ours = out_of_memory.is_out_of_memory(error)
     return out_of_memory.advice(r, error, trainer.global_step + 1) if is_ours else ""
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Report a file of a resumed run that cannot be read, or copied where it is damaged, as the user's error."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be read ({reason}); make it readable, or move it away") from error
 
 
 @contextmanager

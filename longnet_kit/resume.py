@@ -55,7 +55,7 @@ def find(r: Recipe, say: runs.Say = lambda _: None) -> Place:
             return Place()
         return at(r, saved[-1])
     path = Path(r.resume)
-    ckpt = path if path.is_file() else runs.checkpoint(runs.find(path, say))
+    ckpt = path if runs.is_file(path) else runs.checkpoint(runs.find(path, say))
     run_directory = runs.of_checkpoint(ckpt)
     if (run_directory / runs.RECIPE).is_file():
         _check_same(r, run_directory)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -84,6 +85,17 @@ def find(path: Path, say: Say = terminal.tell) -> Path:
         f"{path}: no run here (no {RECIPE}, no version_<n> that has one); give a directory like "
         f"{ROOT}/quickstart/version_0, or train one with `longnet fit`{hint}"
     )
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path that may be a run directory is a regular file.
+
+    Raises:
+        UserError: it is a pipe, a device or a socket.
+    """
+    if path.is_file() or path.is_dir() or not path.exists():
+        return path.is_file()
+    raise UserError(f"{path} is no regular file; give a run directory or a file")
 
 
 def discard(run: Path) -> None:
@@ -210,7 +222,7 @@ def rows_until(path: Path, step: float, tell: Callable[[str], None] | None = Non
     """
     from longnet_kit.report.metrics_file import Metrics
 
-    if not path.is_file():
+    if not os.path.lexists(path):
         return []
     metrics = Metrics(durable.read(path, METRICS_SIZE))
     rows = metrics.rows_until(step)

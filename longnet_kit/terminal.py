@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from longnet_kit.errors import UserError
+
 _ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
 """Errors of a pipe without a reader and of a terminal that was closed."""
@@ -61,12 +63,25 @@ def say(text: str, end: str = "\n", is_data: bool = False) -> None:
     Args:
         is_data: print the text as it is where standard output is no terminal.
     """
-    print(text if is_data and not sys.stdout.isatty() else printable(text), end=end, flush=True)
+    try:
+        print(text if is_data and not sys.stdout.isatty() else _encodable(text, sys.stdout), end=end, flush=True)
+    except OSError as error:
+        if error.errno in _GONE:
+            raise
+        with suppress(OSError, ValueError):
+            _lead_nowhere(sys.stdout.fileno())  # the rest would fail again at exit
+        raise UserError(f"standard output cannot be written ({error.strerror}); make room there") from error
 
 
 def tell(text: str, end: str = "\n") -> None:
     """Print to standard error, where standard output may be data, escaped."""
-    print(printable(text), end=end, file=sys.stderr, flush=True)
+    print(_encodable(text, sys.stderr), end=end, file=sys.stderr, flush=True)
+
+
+def _encodable(text: str, stream: Any) -> str:
+    """Printable text; characters that the stream's encoding does not have are escaped too."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
@@ -83,6 +98,7 @@ class _Outliving:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._has_failed = False
 
     def write(self, text: str) -> int:
         self._try(self._stream.write, text)
@@ -102,6 +118,13 @@ class _Outliving:
             if error.errno in _GONE:
                 with suppress(OSError, ValueError):
                     _lead_nowhere(self._stream.fileno())
+            elif not self._has_failed:
+                self._has_failed = True
+                if self is not sys.stderr:
+                    tell(f"note: standard output cannot be written ({error.strerror}); output is lost")
+        except UnicodeEncodeError:  # of code that prints by itself
+            text, encoding = arguments[0], getattr(self._stream, "encoding", None) or "ascii"
+            self._try(call, text.encode(encoding, "backslashreplace").decode(encoding))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from longnet_kit import checkpoint_io, runs, terminal
+from longnet_kit import checkpoint_io, durable, runs, terminal
 from longnet_kit.errors import UserError
 from longnet_kit.model import image_weights, slide_weights, torchscale
 
@@ -76,8 +76,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _is_text(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(1024)
+    try:
+        with durable.opened(path) as file:
+            start = file.read(1024)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give another one") from error
     return bool(start) and not any(byte < 32 and byte not in b"\t\n\f\r" for byte in start)
 
 
@@ -150,7 +153,7 @@ def start_from(network: nn.Module, source: Path, say: runs.Say = terminal.tell) 
 
 
 def _file_of(source: Path, say: runs.Say = terminal.tell) -> Path:
-    return source if source.is_file() else runs.newest(source, say)
+    return source if runs.is_file(source) else runs.newest(source, say)
 
 
 def check_resumable(network: nn.Module, path: Path) -> int:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from longnet_kit import checkpoint_io, cli, durable, recipe, resume, run_lock, runs, weights
+from longnet_kit.callbacks.board import Board, Point
 from longnet_kit.data import files
 from longnet_kit.data.errors import DataError
 from longnet_kit.data.huggingface import HuggingFace
@@ -120,7 +121,7 @@ PACKED = {
     "a.bz2": (b"BZh9", "bzip2"),
     "a.txt.xz": (b"", "xz"), "b.txt": (b"\xfd7zXZ\x00", "xz"), "a.jsonl.zst": (b"", "zstd"),
     "a.jsonl": (b"\x28\xb5\x2f\xfd", "zstd"), "a.zip": (b"PK\x03\x04", "zip"), "a.csv": (b"a,b\n", "table"),
-    "a.parquet": (b"PAR1", "table"), "c.txt": (b"PAR1", "table"),
+    "a.parquet": (b"PAR1", "table"), "c.txt": (b"PAR1\x15", "table"),
 }  # fmt: skip
 
 
@@ -296,3 +297,37 @@ def test_a_flipped_bit_in_an_exported_file_is_found(tmp_path: Path) -> None:
         flipped(path, rng)
         with pytest.raises(UserError, match="damaged"):
             weights.read(path)
+
+
+@pytest.mark.parametrize("key", ["init_from", "resume"])
+def test_weights_come_from_a_regular_file(tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe(tmp_path / "x.ckpt")
+    for path in (tmp_path / "x.ckpt", "/dev/zero"):
+        assert cli.main(["fit", "quickstart", f"{key}={path}"]) == 2
+        assert f"{path} is no regular file" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"x\.ckpt cannot be read \(it is a pipe"):
+        weights.read(tmp_path / "x.ckpt")
+
+
+def test_a_pattern_that_matches_a_pipe_names_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    pipe(tmp_path / "b.txt")
+    with pytest.raises(DataError, match=r"matches \S*b\.txt: no regular file"):
+        files.Files([str(tmp_path / "*.txt")])
+
+
+def test_text_that_begins_like_a_packed_file_is_text(tmp_path: Path) -> None:
+    for name, content in (("a.txt", b"BZhang is a name"), ("b.txt", b"PAR1 begins here")):
+        (tmp_path / name).write_bytes(content)
+        files.Files([str(tmp_path / name)])
+
+
+def test_json_lines_of_another_encoding_are_replaced_where_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'{"text": "caf\xe9"}\n')
+    assert texts(files.Files([str(tmp_path / "a.json")], errors="replace")) == ["caf\ufffd"]
+
+
+def test_event_files_of_a_resumed_run_are_regular_files(tmp_path: Path) -> None:
+    pipe(tmp_path / "events.out.tfevents.1.x")
+    with pytest.raises(UserError, match=r"events\.out\.tfevents\.1\.x cannot be read \(it is a pipe"):
+        Board(tmp_path, 3, [Point("a", 1, 0.5)])

@@ -134,3 +134,19 @@ def test_data_is_escaped_for_terminals_alone(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
     terminal.say("\x1b[2J\n\t", end="", is_data=True)
     assert capsys.readouterr().out == ("\\u001b[2J\n\t" if is_terminal else "\x1b[2J\n\t")
+
+
+def test_a_full_disk_behind_standard_output_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-m", "longnet_kit.cli", "list"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2
+    assert "standard output cannot be written (No space left on device)" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_what_an_encoding_does_not_have_is_escaped() -> None:
+    code = "from longnet_kit import terminal; terminal.say('d\u00e9'); terminal.tell('\u4e00')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("d\\xe9\n", "\\u4e00\n")

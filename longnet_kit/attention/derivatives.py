@@ -71,10 +71,15 @@ def without_gradient(what: str, x: Tensor, *origins: Tensor) -> Tensor:
 
 
 class _WithoutGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, what: str, x: Tensor, *origins: Tensor) -> Tensor:
-        ctx.what = what
+    def forward(what: str, x: Tensor, *origins: Tensor) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.what = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:

@@ -20,8 +20,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from longnet_kit import __version__, terminal
+from longnet_kit import __version__, durable, terminal
 from longnet_kit.dotted import leaves
+from longnet_kit.errors import UserError
 from longnet_kit.report import figures, table
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ class Board(TensorBoardLogger):
     Args:
         directory: the run directory.
         purge_step: the first step that TensorBoard is to forget, of what was written there before; None for none.
-        earlier: the points that must be there before it. Where the event files lack one, as those of a full disk do,
-            TensorBoard forgets from there on, and these points are written again.
+        earlier: the points up to `purge_step`. If the event files lack one, for example after a full disk, TensorBoard
+            forgets everything from its step on, and the points are written again. Figures are not: a note says so.
     """
 
     def __init__(self, directory: Path, purge_step: int | None = None, earlier: Sequence[Point] = ()) -> None:
@@ -208,9 +209,21 @@ def _first_missing(directory: Path, points: Sequence[Point], end: int) -> int:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # else it warns of every earlier resume
+    for file in directory.glob("*tfevents*"):
+        try:
+            durable.check_regular(file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}); move it away, then resume again") from error
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
     drawn = {(tag, event.step) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
-    return min((x.step for x in points if x.step < end and (x.tag, x.step) not in drawn), default=end)
+    first = min((x.step for x in points if x.step < end and (x.tag, x.step) not in drawn), default=end)
+    images = [event.step for tag in events.Tags()["images"] for event in events.Images(tag)]
+    if any(first <= step < end for step in images):
+        terminal.say(
+            f"note: TensorBoard lacks points of step {first}, so curves are drawn again from there; the figures of "
+            "later steps are lost"
+        )
+    return first
 
 
 def boards(trainer: Trainer) -> list[Board]:

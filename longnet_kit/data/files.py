@@ -209,7 +209,12 @@ def expand(pattern: str, key: str, problems: list[str]) -> list[tuple[str, Path]
         problems.append(f"data.{key}: {pattern} does not exist (looked from {os.getcwd()}); correct the path")
         return []
     root = Path(*takewhile(lambda part: not glob.has_magic(part), Path(expanded).parts))
-    found = sorted(path for path in map(Path, glob.glob(expanded, recursive=True)) if path.is_file())
+    matches = [path for path in map(Path, glob.glob(expanded, recursive=True)) if not path.is_dir()]
+    found = sorted(path for path in matches if path.is_file())
+    odd = sorted(str(path) for path in matches if path.exists() and not path.is_file())
+    if odd:
+        problems.append(f"data.{key}: {pattern} matches {', '.join(odd[:MOST_TOLD])}: no regular file; move it away")
+        return []
     if not found:
         problems.append(f"data.{key}: no file matches {pattern} (looked from {os.getcwd()}); correct the pattern")
     return [(path.relative_to(root).as_posix(), path) for path in found]
@@ -265,9 +270,9 @@ _SUFFIXES = {
     ".parquet": "table", ".arrow": "table", ".feather": "table",
 }  # fmt: skip
 _MAGIC = {
-    (0, b"\x1f\x8b"): "gzip", (0, b"BZh"): "bzip2", (0, b"\xfd7zXZ\x00"): "xz", (0, b"\x28\xb5\x2f\xfd"): "zstd",
+    (0, b"\x1f\x8b"): "gzip", (4, b"1AY&SY"): "bzip2", (0, b"\xfd7zXZ\x00"): "xz", (0, b"\x28\xb5\x2f\xfd"): "zstd",
     (0, b"\x04\x22\x4d\x18"): "lz4", (0, b"PK\x03\x04"): "zip", (0, b"7z\xbc\xaf\x27\x1c"): "7-Zip",
-    (257, b"ustar"): "tar", (0, b"PAR1"): "table", (0, b"ARROW1\0\0"): "table",
+    (257, b"ustar"): "tar", (0, b"PAR1\x15"): "table", (0, b"ARROW1\0\0"): "table",
     (0, codecs.BOM_UTF16_LE): "UTF-16", (0, codecs.BOM_UTF16_BE): "UTF-16", (0, codecs.BOM_UTF32_BE): "UTF-16",
 }  # fmt: skip
 """By the first byte that tells, and the bytes there."""
@@ -310,7 +315,7 @@ def _not_lines(file: BinaryIO) -> str:
     file.seek(mark_of(file))
     first = next((line for line in iter(lambda: file.readline(RECORD), b"") if line.strip()), b"{}")
     try:
-        if isinstance(json.loads(first), dict):
+        if isinstance(json.loads(first.decode(errors="replace")), dict):
             return ""
     except (ValueError, RecursionError):
         pass

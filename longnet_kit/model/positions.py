@@ -124,10 +124,16 @@ class XPos(Rope):
     def check_given(self, positions: Tensor, dtype: torch.dtype) -> None:
         """Raise a UserError where the factor of one of some positions leaves the range of `dtype`."""
         self.check(0, dtype)
-        if type(positions) is not Tensor or positions.is_meta or not positions.numel() or torch.compiler.is_compiling():
-            return  # their values are not known here
+        least, most = (math.ceil(self.centre + side * self.longest(dtype) / 2) for side in (-1, 1))
+        if torch.compiler.is_compiling():  # their values are known when the graph runs
+            torch.ops.aten._assert_async.msg(
+                ((positions >= least) & (positions < most)).all(), "positions out of xpos's range"
+            )
+            return
+        if type(positions) is not Tensor or positions.is_meta or not positions.numel():
+            return  # they have no values
         first, last = (int(x) for x in positions.aminmax())
-        if first < (least := math.ceil(self.centre - self.longest(dtype) / 2)):
+        if first < least:
             raise UserError(
                 f"positions: xpos reaches positions from {least:,} on in a model built for {int(2 * self.centre):,} "
                 f"tokens, and got {first:,}; count positions from 0"

@@ -47,10 +47,11 @@ def build(options: recipe.Optimizer, model: nn.Module) -> Optimizer:
 
 def eps_problem(name: str, eps: float, dtype: torch.dtype) -> str:
     """Why an optimizer cannot train weights of a dtype with this `eps`; empty where it can."""
-    if name == "sgd" or torch.tensor(eps, dtype=dtype).item() > 0:
+    if name == "sgd" or eps >= torch.finfo(dtype).tiny:
         return ""
-    short = str(dtype).removeprefix("torch.")
-    return f"which is 0 in the weights' {short}, so that {name} would divide by 0; use optimizer.eps=1e-4"
+    short, is_zero = str(dtype).removeprefix("torch."), torch.tensor(eps, dtype=dtype).item() == 0
+    what = "0" if is_zero else "below the normal numbers"
+    return f"which is {what} in the weights' {short}, so that {name} would divide by almost 0; use optimizer.eps=1e-4"
 
 
 def decay_vanishes(options: recipe.Optimizer, dtype: torch.dtype) -> bool:

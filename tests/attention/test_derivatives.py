@@ -140,7 +140,7 @@ def test_compiled_attention_keeps_no_tangent_to_itself(transform: Callable[..., 
     with pytest.raises(UserError, match="dilated has no forward-mode"):
         transform(compiled, q, t)
     inside = torch.compile(lambda q, t: transform(lambda x: backend(x, k, v), q, t), backend="aot_eager")
-    with pytest.raises(Exception, match=r"dilated has no forward-mode|making fake tensor call"):
+    with pytest.raises(Exception, match=r"dilated has no forward-mode"):
         inside(q, t)
 
 

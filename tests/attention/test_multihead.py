@@ -153,3 +153,10 @@ def test_a_gradient_through_the_weights_raises() -> None:
     _, weights = module(x, x, x)
     with pytest.raises(ValueError, match="the weights of MultiheadDilatedAttention have no gradients"):
         weights.square().sum().backward()
+
+
+def test_the_weights_can_be_mapped() -> None:
+    module = MultiheadDilatedAttention(E, H, [4], [1], batch_first=True)
+    x = torch.randn(3, B, N, E)
+    found = torch.func.vmap(lambda x: module(x, x, x)[1])(x)
+    torch.testing.assert_close(found, torch.stack([module(part, part, part)[1] for part in x]))

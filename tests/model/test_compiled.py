@@ -101,3 +101,14 @@ def test_a_compiled_network_draws_the_masks_of_dropout_that_an_eager_one_draws()
             torch.manual_seed(5)
             found.append(net(some_tokens(2, n)))
         torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
+def test_compiled_xpos_refuses_positions_beyond_its_range() -> None:
+    network = Transformer(
+        9, dim=8, layers=1, heads=1, ffn_dim=8, seq_len=64, positions="xpos", attention=BACKENDS["sdpa"]
+    )
+    compiled, tokens = torch.compile(network, backend="aot_eager", fullgraph=True), torch.zeros(1, 4, dtype=torch.int64)
+    positions = torch.arange(4)
+    torch.testing.assert_close(compiled(tokens, positions=positions), network(tokens, positions=positions))
+    with pytest.raises(RuntimeError, match="out of xpos's range"):
+        compiled(tokens, positions=positions + 1_000_000)

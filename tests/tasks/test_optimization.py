@@ -102,3 +102,9 @@ class _Holder(torch.nn.Module):
     def __init__(self, parameter: torch.nn.Parameter) -> None:
         super().__init__()
         self.parameter = parameter
+
+
+def test_an_eps_below_the_normal_numbers_of_the_weights_is_refused() -> None:
+    half = _Holder(torch.nn.Parameter(torch.ones(2, dtype=torch.float16)))
+    with pytest.raises(ValueError, match=r"got 1e-07, which is below the normal numbers in the weights' float16"):
+        optimization.build(options(name="adamw", eps=1e-7), half)
