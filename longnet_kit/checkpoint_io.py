@@ -54,6 +54,19 @@ def checksum_file(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.name + CHECKSUM)
 
 
+def checksum(checkpoint: Path) -> str:
+    """Return the SHA-256 of a checkpoint: the one beside the file, or that of its bytes where there is none.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
+    try:
+        file = checkpoint.resolve(strict=True)
+        return _stored_checksum(file) if checksum_file(file).exists() else _checksum_of(file)
+    except OSError as error:
+        raise UserError(f"{checkpoint} cannot be read ({error.strerror or error})") from error
+
+
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint and its checksum."""
     checkpoint.unlink(missing_ok=True)
@@ -116,10 +129,11 @@ def damage(checkpoint: Path) -> str:
 def _damage(file: Path, size: int, changed: int) -> str:
     """See `damage`; size and time only say when to look again."""
     if checksum_file(file).exists():
-        expected = durable.read(checksum_file(file), 4096).decode("ascii", "replace").split(" ")[0].strip()
-        with durable.opened(file) as content:
-            actual = hashlib.file_digest(content, "sha256").hexdigest()
-        return "" if actual == expected else f"it is not the file that {checksum_file(file).name} was written for"
+        return (
+            ""
+            if _checksum_of(file) == _stored_checksum(file)
+            else f"it is not the file that {checksum_file(file).name} was written for"
+        )
     try:
         with zipfile.ZipFile(file) as archive:
             if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
@@ -128,6 +142,15 @@ def _damage(file: Path, size: int, changed: int) -> str:
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         return f"it is cut off or no checkpoint at all: {error}"
     return f"the checksum of its part {damaged} is wrong" if damaged else ""
+
+
+def _stored_checksum(file: Path) -> str:
+    return durable.read(checksum_file(file), 4096).decode("ascii", "replace").split(" ")[0].strip()
+
+
+def _checksum_of(file: Path) -> str:
+    with durable.opened(file) as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def write(content: dict[str, Any], target: Path) -> None:

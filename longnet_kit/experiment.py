@@ -115,6 +115,7 @@ def evaluate(path: str | Path, overrides: list[str] | None = None, which: str = 
         return datamodule, task
 
     datamodule, task = _on_all_ranks(r, trainer, built, checkpoint=ckpt.name)
+    placement.check_checkpoint(trainer, ckpt)
     placement.check_data(trainer, r, datamodule, which)
     with trainers.lightning_errors():
         results: dict[str, float] = {}

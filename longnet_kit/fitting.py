@@ -158,7 +158,9 @@ def fit(
 def _check_ranks(
     r: Recipe, trainer: Trainer, task: LightningModule, datamodule: LanguageModelingData, place: resume.Place
 ) -> None:
-    """Give all ranks the weights of `init_from`, and refuse ranks whose weights or data differ."""
+    """Give all ranks the weights of `init_from`, and refuse ranks whose weights, checkpoint or data differ."""
+    if place.ckpt is not None:
+        placement.check_checkpoint(trainer, place.ckpt)
     if r.init_from is not None and place.ckpt is None:
         source, network = Path(r.init_from), task.model
         parallel.together(trainer, lambda: trainer.is_global_zero or weights.start_from(network, source, say))  # type: ignore[arg-type]
@@ -177,13 +179,13 @@ def _prepare(r: Recipe, trainer: Trainer, place: resume.Place) -> tuple[int, dic
     assert directory is not None
     first_step, earlier = 0, []
     is_fork = ckpt is not None and runs.of_checkpoint(ckpt) != directory
-    if ckpt is not None:
+    if ckpt is not None and trainer.is_global_zero:
         first_step = int(torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-        if trainer.is_global_zero:
-            table = runs.of_checkpoint(ckpt) / runs.METRICS
-            with _readable(table):
-                earlier = runs.rows_until(table, first_step, None if is_fork else _note)
-    validated: dict[int, float] = trainer.strategy.broadcast(_validations(earlier))
+        table = runs.of_checkpoint(ckpt) / runs.METRICS
+        with _readable(table):
+            earlier = runs.rows_until(table, first_step, None if is_fork else _note)
+    validated: dict[int, float]
+    first_step, validated = trainer.strategy.broadcast((first_step, _validations(earlier)))
     if is_fork:
         earlier = []  # they are those of the run that it comes from
     elif trainer.is_global_zero and (lost := _lost(earlier, first_step, trainer)):

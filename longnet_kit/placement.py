@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lightning import Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.strategies import Strategy
 
-from longnet_kit import parallel, recipe
+from longnet_kit import checkpoint_io, parallel, recipe
 from longnet_kit.data import LanguageModelingData
 from longnet_kit.dotted import leaves
 from longnet_kit.errors import UserError
@@ -108,6 +108,19 @@ def check_recipes(trainer: Trainer, r: Recipe, **more: Any) -> None:
     parallel.check_same(trainer, compared | more, _SAME_COMMAND)
 
 
+def check_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
+    """Refuse ranks that read checkpoints of one name but different content, as on machines with disks of their own.
+
+    Raises:
+        UserError: a rank cannot read its checkpoint, or has another one than the first rank.
+    """
+    if trainer.world_size == 1:
+        return
+    found = parallel.together(trainer, lambda: checkpoint_io.checksum(checkpoint))
+    same = {f"the SHA-256 of {checkpoint.name}": found}
+    parallel.check_same(trainer, same, f"copy {checkpoint.parent} of one machine to all others")
+
+
 @dataclass(frozen=True)
 class _Data:
     """What the data of a rank is: equal where the content is, wherever it was read from."""
@@ -130,6 +143,7 @@ def check_data(trainer: Trainer, r: Recipe, datamodule: LanguageModelingData, st
     builds = trainer.local_rank == 0  # the others of its node find the cache that it has built
     parallel.together(trainer, datamodule.prepare_data if builds else lambda: None)
     parallel.together(trainer, lambda: (datamodule.prepare_data(), datamodule.setup(stage)))
-    content = _Data(datamodule.identity(), {"source": r.data.source, **r.data.options})
+    source = {"source": r.data.source, **r.data.options}
+    content = parallel.together(trainer, lambda: _Data(datamodule.content(), source))
     same = {"the data": content, "data.tokenizer": datamodule.tokenizer.fingerprint}
-    parallel.check_same(trainer, same, "give every rank the same files, copies with their times (cp -p)")
+    parallel.check_same(trainer, same, "give every rank the same files")

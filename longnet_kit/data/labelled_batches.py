@@ -104,6 +104,9 @@ class LabelledData(LanguageModelingData):
     def identity(self) -> str:
         return cache.folder_of(self.source, self.tokenizer).name
 
+    def content(self) -> str:
+        return self.source.content()
+
     def _windows(self, split: Split) -> Examples:
         return Examples(self.source, split, self.tokenizer, self.seq_len)
 

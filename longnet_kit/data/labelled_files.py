@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -85,15 +85,19 @@ class Pieces(LabelledSource):
 
     def example(self, split: Split, index: int) -> Labelled:
         piece = self._pieces[split][index]
-        try:
-            with durable.opened(piece.path) as file:
-                file.seek(piece.start)
-                content = file.read(piece.stop - piece.start)
-        except OSError as error:
-            raise DataError(f"{piece.path} cannot be read: {error.strerror or error}") from error
-        if len(content) < piece.stop - piece.start:
-            raise DataError(f"{piece.path} became shorter while it was in use; start again when nothing writes to it")
+        (content,) = _read([piece])
         return Labelled(content, piece.label)
+
+    def content(self) -> str:
+        """Return a digest of the bytes and labels of all examples, in order; it reads every file once."""
+        digest = hashlib.sha256(repr(self.classes).encode(errors="surrogatepass"))
+        for split in SPLITS:
+            digest.update(f"{split} {self.size(split)} ".encode())
+            for _, of_file in groupby(self._pieces[split], key=lambda piece: piece.path):
+                pieces = list(of_file)
+                for piece, content in zip(pieces, _read(pieces), strict=True):
+                    digest.update(f"{piece.label} {len(content)} ".encode() + content)
+        return digest.hexdigest()
 
     def fingerprint(self) -> Any:
         return [list(self.classes), self._piece_bytes, self._stamps]
@@ -132,6 +136,21 @@ def _first(files: Sequence[File], most: float) -> list[File]:
 
 def _place(file: File) -> bytes:
     return hashlib.blake2b(file.name.encode(errors="surrogatepass"), digest_size=8).digest()
+
+
+def _read(pieces: Sequence[Piece]) -> Iterator[bytes]:
+    """Yield the bytes of pieces of one file."""
+    path = pieces[0].path
+    try:
+        with durable.opened(path) as file:
+            for piece in pieces:
+                file.seek(piece.start)
+                content = file.read(piece.stop - piece.start)
+                if len(content) < piece.stop - piece.start:
+                    raise DataError(f"{path} became shorter while it was in use; start again when nothing writes to it")
+                yield content
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _cut(file: File, most: int, label: int) -> list[Piece]:

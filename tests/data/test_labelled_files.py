@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longnet_kit.data import DataError
+from longnet_kit.data.labelled_batches import LabelledData
 from longnet_kit.data.labelled_files import (
     HELD_OUT,
     File,
@@ -102,6 +103,25 @@ def test_the_fingerprint_changes_with_the_files() -> None:
     path = Path("animals/dogs/4.txt")
     os.utime(path, ns=(1, 1))
     assert fingerprint() != before
+
+
+def test_the_content_is_equal_where_bytes_and_labels_are() -> None:
+    def content() -> str:
+        return LabelledData(LabelledFiles(folder="animals"), "bytes", seq_len=8, batch_size=4).content()
+
+    path = Path("animals", "cats", "0.txt")
+    before, stamp = content(), path.stat()
+    os.utime(path, ns=(0, 0))
+    assert content() == before
+    path.write_bytes(b"\xfe" * stamp.st_size)
+    os.utime(path, ns=(0, 0))
+    assert content() != before
+    path.write_bytes(b"\xff" * stamp.st_size)
+    assert content() == before
+    Path("animals", "cats").rename("animals/third")
+    Path("animals", "dogs").rename("animals/cats")
+    Path("animals", "third").rename("animals/dogs")
+    assert content() != before
 
 
 def test_a_class_takes_no_more_than_it_may() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from longnet_kit import placement, recipe
+from longnet_kit import checkpoint_io, placement, recipe
 from longnet_kit.errors import UserError
 from tests.parallel import desk, ranks
 
@@ -210,19 +212,25 @@ def test_process_groups_outlive_the_interpreter(strategy: str, folder: Path) -> 
 
 
 def by_hand(
-    folder: Path, own: list[list[str]], kind: str = "plain", verb: Sequence[str] = ("fit", "tiny.yaml"), **more: str
+    folder: Path | Sequence[Path],
+    own: list[list[str]],
+    kind: str = "plain",
+    verb: Sequence[str] = ("fit", "tiny.yaml"),
+    **more: str,
 ) -> list[tuple[int, str]]:
-    """Exit code and output of each rank, all started with arguments and variables of their own."""
+    """Exit code and output of each rank, all started with arguments, variables and perhaps folders of their own."""
+    folders = [folder] * len(own) if isinstance(folder, Path) else folder
     shared = desk.environment(**{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port()), **more})
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "longnet_kit.cli", *verb, *arguments], cwd=folder, text=True,
+            [sys.executable, "-m", "longnet_kit.cli", *verb, *arguments], cwd=folders[rank], text=True,
             env=shared | variables_of(kind, rank), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank, arguments in enumerate(own)
     ]  # fmt: skip
     try:
-        return [(process.communicate(timeout=100)[0], process.returncode)[::-1] for process in started]
+        outputs = [process.communicate(timeout=100)[0] for process in started]
+        return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
     finally:
         for process in started:
             process.kill()
@@ -290,6 +298,22 @@ def test_ranks_that_disagree_end_before_the_first_step_and_name_both_values(
         assert all(words in output for words in named), output
         assert "step 2/6" not in output and "another rank died" not in output
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("verb", [["fit", "tiny.yaml", "resume=auto"], ["validate", "runs/tiny"]])
+def test_ranks_with_different_checkpoints_of_one_name_end(verb: list[str], folder: Path, tmp_path: Path) -> None:
+    desk.longnet(folder, "fit", "tiny.yaml", "trainer.max_steps=4", *ALONE)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other, symlinks=True)
+    newest = other / "runs/tiny/version_0/checkpoints/step_00000004.ckpt"
+    content = torch.load(newest, weights_only=True)
+    next(iter(content["state_dict"].values())).add_(1)
+    checkpoint_io.write(content, newest)
+    more = ["trainer.devices=2", "strategy.name=ddp", "strategy.sequence_parallel_size=1"]
+    for code, output in by_hand([folder, other], [more, more], "torchrun", verb=verb):
+        assert code == 2 and "the SHA-256 of step_00000004.ckpt is" in output, output
+        assert "on rank 1 and" in output and "step 6/6" not in output and "another rank died" not in output
 
 
 @pytest.mark.soak
