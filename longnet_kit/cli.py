@@ -97,6 +97,7 @@ def _run(argv: list[str], held: ExitStack) -> int:
         return NO_READER
     except UserError as error:
         terminal.tell(f"longnet: {error}")
+        _publish_refusal(error)
         return USER_ERROR
     except RuntimeError as error:
         if "torch.distributed" not in sys.modules or not _is_lost_rank(error):
@@ -107,6 +108,14 @@ def _run(argv: list[str], held: ExitStack) -> int:
         if code is None:
             raise
         return code
+
+
+def _publish_refusal(error: UserError) -> None:
+    """End the other ranks of a job too, where this process is one of them and they wait for it."""
+    if "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        from longnet_kit.parallel import refusals
+
+        refusals.publish(str(error))
 
 
 def _fit(arguments: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning import Trainer
 
 from longnet_kit.errors import UserError
+from longnet_kit.parallel import refusals
 from longnet_kit.parallel.strategies import SequenceParallel, was_started_by_a_rank
 
 T = TypeVar("T")
@@ -35,7 +36,8 @@ def connect(trainer: Trainer) -> None:
             if strategy.launcher is not None:
                 strategy.launcher.launch(strategy.join, trainer=trainer)
             else:  # a process that was started by others
-                strategy.join()
+                with refusals.heeded(strategy.cluster_environment):  # type: ignore[attr-defined]
+                    strategy.join()
         except RuntimeError as error:
             if "EADDRINUSE" not in str(error):
                 raise

@@ -301,6 +301,24 @@ def test_ranks_that_disagree_end_before_the_first_step_and_name_both_values(
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize(
+    ("kind", "second", "named"),
+    [
+        ("torchrun", ["optimizer.lr=abc"], "optimizer.lr"),
+        ("slurm", ["optimizer.lr=abc"], "optimizer.lr"),
+        ("plain", ["optimizer.lr=abc"], "optimizer.lr"),
+        ("torchrun", ALONE, "trainer.devices"),
+    ],
+)
+def test_a_rank_that_refuses_its_recipe_ends_those_that_wait_for_it(
+    kind: str, second: list[str], named: str, folder: Path
+) -> None:
+    for code, output in by_hand(folder, [["strategy.timeout=90"], second], kind):
+        assert code == 2 and named in output and "another rank died" not in output, output
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("verb", [["fit", "tiny.yaml", "resume=auto"], ["validate", "runs/tiny"]])
 def test_ranks_with_different_checkpoints_of_one_name_end(verb: list[str], folder: Path, tmp_path: Path) -> None:
     desk.longnet(folder, "fit", "tiny.yaml", "trainer.max_steps=4", *ALONE)
