@@ -55,7 +55,7 @@ def checksum_file(checkpoint: Path) -> Path:
 
 
 def checksum(checkpoint: Path) -> str:
-    """Return the SHA-256 of a checkpoint: the one beside the file, or that of its bytes where there is none.
+    """Return the SHA-256 of a checkpoint: the stored one, or that of the file if none is stored.
 
     Raises:
         UserError: the checkpoint cannot be read.
@@ -129,11 +129,8 @@ def damage(checkpoint: Path) -> str:
 def _damage(file: Path, size: int, changed: int) -> str:
     """See `damage`; size and time only say when to look again."""
     if checksum_file(file).exists():
-        return (
-            ""
-            if _checksum_of(file) == _stored_checksum(file)
-            else f"it is not the file that {checksum_file(file).name} was written for"
-        )
+        is_sound = _checksum_of(file) == _stored_checksum(file)
+        return "" if is_sound else f"it is not the file that {checksum_file(file).name} was written for"
     try:
         with zipfile.ZipFile(file) as archive:
             if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):

@@ -8,7 +8,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -228,23 +228,22 @@ def _explained(r: Recipe, error: BaseException, trainer: Trainer) -> str:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Report a file of a resumed run that cannot be read, or copied where it is damaged, as the user's error."""
+def _usable(path: Path, use: str, cure: str) -> Iterator[None]:
+    """Report an OSError as the user's error: the path cannot be `use`; the cure says what to do."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path} cannot be read ({reason}); make it readable, or move it away") from error
+        raise UserError(f"{path} cannot be {use} ({error.strerror or error}); {cure}") from error
 
 
-@contextmanager
-def _writing_to(directory: Path) -> Iterator[None]:
-    """A directory that cannot be written when a run starts is the user's error."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{directory} cannot be written ({reason}); make room there, or allow writing") from error
+def _readable(path: Path) -> AbstractContextManager[None]:
+    """Report a file of a resumed run that cannot be read, or copied where it is damaged."""
+    return _usable(path, "read", "make it readable, or move it away")
+
+
+def _writing_to(directory: Path) -> AbstractContextManager[None]:
+    """Report a directory that cannot be written when a run starts."""
+    return _usable(directory, "written", "make room there, or allow writing")
 
 
 def _validations(rows: Rows) -> dict[int, float]:

@@ -37,7 +37,7 @@ class StreamFiles:
         self.directory = directory
         self.state = state
         position = 0 if state is None else int(state["position"])
-        earlier = runs.rows_until(directory / CURVE, position, lambda note: print(f"note: {note}", flush=True))
+        earlier = runs.rows_until(directory / CURVE, position, lambda note: terminal.say(f"note: {note}"))
         self._table = callbacks.MetricsTable(directory / CURVE, earlier)
         has_events = any(directory.glob("events.out.*"))
         points = [point._replace(tag=f"stream/{point.tag}") for point in callbacks.points(earlier)]

@@ -12,7 +12,6 @@ import inspect
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -205,10 +204,7 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         time.sleep(0.5)
     time.sleep(2 * _GRACE)
     code = failed[0].returncode
-    print(
-        f"longnet_kit: another rank (process {failed[0].pid}) has ended with code {code}: ends too",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+    terminal.tell(f"longnet_kit: another rank (process {failed[0].pid}) has ended with code {code}: ends too")
     for process in processes:
         process.kill()
     os._exit(code if code == _REFUSED else 1)

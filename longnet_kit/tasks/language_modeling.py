@@ -62,8 +62,9 @@ class LanguageModeling(Training):
         super().__init__(model, optimizer, max_steps=max_steps, eval_contexts=contexts)
         self.eval_contexts = contexts
         self.loss_by_position: Tensor | None = None
-        self.tokens_by_position: Tensor | None = None
         """Mean loss in nats at each position, (seq_len,), of the latest validation or test."""
+        self.tokens_by_position: Tensor | None = None
+        """How many tokens each of these is the mean of, (seq_len,) int64."""
 
     def forward(self, tokens: Tensor, **options: Tensor | None) -> Tensor:
         """Logits, (B, N, V); see `Transformer.forward`."""
